@@ -1,0 +1,117 @@
+"""What is installed, what runs, and why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from cnnkernels import _backend, _native, fallback
+
+
+def _rows() -> list[tuple[str, str]]:
+    import cnnkernels
+
+    info = _native.build_info
+    rows = [
+        ("cnnkernels", cnnkernels.__version__),
+        ("backend", _backend.get_backend()),
+        ("library", f"not loaded: {_native.reason}" if _native.reason else "loaded"),
+        ("torch", f"{torch.__version__}{_built(info, 'torch_version')}"),
+        ("python", f"{platform.python_version()}{_built(info, 'python_version')}"),
+        ("compiler", info.get("compiler", "none")),
+    ]
+    if _native.library is not None:
+        config = _native.library.config()
+        available = ", ".join(config["isas"])
+        rows.append(("instruction set", f"{config['isa']} (available: {available})"))
+        if config.get("isa_note"):
+            rows.append(("", config["isa_note"]))
+    rows.append(("threads", str(torch.get_num_threads())))
+    return rows
+
+
+def _built(info: dict[str, Any], key: str) -> str:
+    return f" (built with {info[key]})" if key in info else ""
+
+
+def show_config() -> str:
+    """What the package runs on, as text: versions, backend, instruction set, threads.
+
+    It tells the versions of torch and Python that run and those that the library was built with,
+    the compiler, and the reason if the library did not load.
+    """
+    rows = _rows()
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name + ':' if name else '':<{width}}{text}" for name, text in rows)
+
+
+class Plan(dict[str, Any]):
+    """How an operator runs on given arguments; prints as one line an entry.
+
+    Keys: ``operator``; ``algorithm``, the kernel's or ``"aten"`` where torch computes it. With
+    ``"aten"`` comes the ``reason``, with a kernel what it makes of the problem: ``isa`` (instruction
+    set), ``vector_lanes``, ``threads``, for convolutions ``flops`` (floating-point operations of
+    the call) and ``workspace_bytes``, and how the work is cut.
+    """
+
+    def __str__(self) -> str:
+        width = max(map(len, self)) + 2
+        return "\n".join(f"{key + ':':<{width}}{value}" for key, value in self.items())
+
+
+class _Explainer:
+    """Operators that note the plan of each call, and then run it in PyTorch."""
+
+    def __init__(self, library: Any | None) -> None:
+        self.library = library
+        self.plans: list[Plan] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(fallback, name)
+
+        def explained(*args: Any) -> Any:
+            self.plans.append(self._plan(name, args))
+            return operator(*args)
+
+        return explained
+
+    def _plan(self, operator: str, args: tuple[Any, ...]) -> Plan:
+        if self.library is None:
+            why = _native.reason or "the backend in use is 'torch'"
+            return Plan(operator=operator, algorithm="aten", reason=why)
+        explain_operator = getattr(
+            self.library, f"explain_{operator.removesuffix('_with_indices')}"
+        )
+        return Plan(operator=operator, **explain_operator(*args))
+
+
+def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    """The plan for one operator call: which algorithm runs it, on what, and why.
+
+    Args:
+        target: a function of :mod:`cnnkernels.functional`, or anything else that calls exactly one
+            of them once, such as a module of :mod:`cnnkernels.nn`.
+        *args: what to call it with. It is called, without gradients.
+        **kwargs: likewise.
+
+    Returns:
+        A :class:`Plan`.
+
+    Raises:
+        ValueError: target calls no operator of this package, or several.
+
+    >>> plan = explain(functional.max_pool2d, torch.zeros(1, 8, 32, 32), 2)
+    >>> plan["operator"]
+    'max_pool2d'
+    """
+    explainer = _Explainer(_backend.native_library())
+    with _backend.using(cast(_backend.Operators, explainer)), torch.no_grad():
+        target(*args, **kwargs)
+    if len(explainer.plans) != 1:
+        raise ValueError(
+            f"target must run one operator of cnnkernels, but it ran {len(explainer.plans)}"
+        )
+    return explainer.plans[0]

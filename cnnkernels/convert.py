@@ -1,0 +1,168 @@
+"""Puts the kernels into existing models: for good (replace_modules) or for a while (patch)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from cnnkernels import functional
+from cnnkernels.nn import Conv2d, Conv2dReLUMaxPool2d, MaxPool2d
+
+__all__ = ["patch", "replace_modules"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Conv2d: Conv2d,
+    torch.nn.MaxPool2d: MaxPool2d,
+}
+
+
+def replace_modules(model: Model, fuse: bool = True) -> Model:
+    """Makes a model run on the kernels, in place, and returns it.
+
+    Every module whose class is exactly :class:`torch.nn.Conv2d` or :class:`torch.nn.MaxPool2d`
+    changes its class to :class:`cnnkernels.nn.Conv2d` or :class:`cnnkernels.nn.MaxPool2d`. It stays
+    the same object: its parameters (optimizers hold on to them), hooks, parametrizations and
+    training flag remain, and so does the model's ``state_dict``.
+
+    With fuse, a convolution, a ReLU and a max pooling that follow one another in a
+    :class:`torch.nn.Sequential` become one :class:`cnnkernels.nn.Conv2dReLUMaxPool2d` in the
+    convolution's place and :class:`torch.nn.Identity` in the other two, so that indices and
+    ``state_dict`` keys do not move. The three stay apart where someone could tell: hooks on any of
+    them, a pooling that returns indices, a convolution or pooling that is also used elsewhere in
+    the model, and a Sequential whose ``forward`` is not torch's. Code that runs a Sequential's
+    layers one at a time and looks at what is in between needs ``fuse=False``.
+
+    Calling it again changes nothing.
+
+    Args:
+        model: any module; it may itself be a convolution, a pooling or a Sequential.
+        fuse: whether to join convolution, ReLU and pooling.
+
+    Returns:
+        The model that was passed in.
+
+    Raises:
+        TypeError: model is not a :class:`torch.nn.Module`.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {torch.typename(model)}")
+    for module in model.modules():
+        replacement = _REPLACEMENTS.get(_plain_class(module))
+        if replacement is not None:
+            _set_plain_class(module, replacement)
+    if fuse:
+        uses = Counter(child for module in model.modules() for child in module._modules.values())
+        for module in model.modules():
+            if isinstance(module, torch.nn.Sequential) and _is_plain_sequential(module):
+                _fuse_sequential(module, uses)
+    return model
+
+
+def _plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The module's class; for a parametrized module the class that it had before."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _set_plain_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    """Changes the module's class; a parametrized module keeps its properties on top of it.
+
+    Parametrization gives a module a class of its own with the tensors as properties, and takes the
+    base of that class when it is removed again.
+    """
+    if parametrize.is_parametrized(module):
+        own = {
+            name: value
+            for name, value in vars(type(module)).items()
+            if name not in ("__dict__", "__weakref__")
+        }
+        cls = type(f"Parametrized{cls.__name__}", (cls,), own)
+    module.__class__ = cls
+
+
+def _is_plain_sequential(module: torch.nn.Sequential) -> bool:
+    return type(module).forward is torch.nn.Sequential.forward and "forward" not in vars(module)
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _fuse_sequential(
+    sequential: torch.nn.Sequential, uses: Counter[torch.nn.Module | None]
+) -> None:
+    names = list(sequential._modules)
+    for conv_name, relu_name, pool_name in zip(names, names[1:], names[2:], strict=False):
+        conv, relu, pool = (sequential._modules[name] for name in (conv_name, relu_name, pool_name))
+        if _plain_class(conv) is not Conv2d or type(relu) is not torch.nn.ReLU:
+            continue
+        if type(pool) is not MaxPool2d or pool.return_indices:
+            continue
+        if any(map(_has_hooks, (conv, relu, pool))) or uses[conv] > 1 or uses[pool] > 1:
+            continue
+        _set_plain_class(conv, Conv2dReLUMaxPool2d)
+        cast(Conv2dReLUMaxPool2d, conv).set_pool(
+            pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        )
+        for name, replaced in ((relu_name, relu), (pool_name, pool)):
+            sequential._modules[name] = torch.nn.Identity().train(replaced.training)
+
+
+# What a torch function mode is shown for each way to call torch's operators.
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv2d: functional.conv2d,
+    torch.max_pool2d: functional.max_pool2d,
+    torch.nn.functional.max_pool2d: functional.max_pool2d,
+}
+
+
+def _max_pool2d_with_indices(*args: Any, **kwargs: Any) -> Any:
+    # torch.nn.functional's takes return_indices too, and ignores it.
+    kwargs["return_indices"] = True
+    return functional.max_pool2d(*args[:6], **kwargs)
+
+
+_FUNCTIONS[torch.nn.functional.max_pool2d_with_indices] = _max_pool2d_with_indices
+_FUNCTIONS[torch._C._nn.max_pool2d_with_indices] = _max_pool2d_with_indices
+
+
+class patch(TorchFunctionMode, contextlib.ContextDecorator):
+    """Inside, unmodified code runs on these kernels.
+
+    A context manager (and a decorator) in which :func:`torch.nn.functional.conv2d` and
+    :func:`~torch.nn.functional.max_pool2d`, their namesakes in :mod:`torch`, and every module that
+    calls them run :mod:`cnnkernels.functional` instead. It holds for the current thread, nests, and
+    changes nothing in torch. Convolution, ReLU and pooling are not fused, since the calls come one
+    by one, and each call of any torch function costs about a microsecond more; for a model that is
+    used often :func:`replace_modules` is better.
+
+    >>> with patch():
+    ...     torch.nn.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2).shape
+    torch.Size([1, 1, 2, 2])
+    """
+
+    def _recreate_cm(self) -> patch:
+        return type(self)()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replaces the function that is being called where there is a kernel for it."""
+        return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))

@@ -1,0 +1,226 @@
+"""Gradient descent whose step is one operator call for all tensors of a parameter group."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+from torch.optim.sgd import sgd
+
+from cnnkernels import _backend, fallback
+from cnnkernels._native import KERNEL_DTYPES
+
+__all__ = ["SGD", "SimpleGD"]
+
+_Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def _kernels_take(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether the step kernels cover these tensors: dense, on the CPU, of one floating dtype."""
+    dtype = params[0].dtype
+    if dtype not in KERNEL_DTYPES:
+        return False
+    for param, grad in zip(params, grads, strict=True):
+        if not (
+            param.is_cpu
+            and param.dtype is dtype
+            and grad.dtype is dtype
+            and grad.layout is torch.strided
+        ):
+            return False
+    return True
+
+
+def _number(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else float(value)
+
+
+def _observable(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets hooks and profilers see a step as torch does, at no cost where there are none.
+
+    Torch wraps the ``step`` of every optimizer in a profiler's record and loops over hooks, which
+    takes longer than the kernel does for a small network. A ``step`` marked as hooked is left
+    alone, so that this wrapper can decide for each call.
+    """
+    observed = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if (
+            _profiler_enabled()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        ):
+            return observed(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+class SimpleGD(Optimizer):
+    """Plain gradient descent, ``param -= lr * grad``: the optimizer that the tutorial defines.
+
+    Args:
+        params: tensors, or dicts that define parameter groups (each may have its own ``lr``).
+        lr: learning rate, a float or a tensor of one element.
+
+    Raises:
+        ValueError: lr is negative, or a tensor of several elements.
+        TypeError: params is a tensor rather than an iterable of tensors.
+
+    >>> x = torch.tensor([1.0], requires_grad=True)
+    >>> optimizer = SimpleGD([x], lr=0.1)
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> x.item()
+    0.800000011920929
+    """
+
+    def __init__(self, params: ParamsT, lr: float | Tensor) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if lr < 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        super().__init__(params, {"lr": lr})
+
+    @_observable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step; tensors without a gradient stay as they are.
+
+        Args:
+            closure: called first, with gradients enabled, to compute the loss and its gradients.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            grads = [param.grad for param in params]
+            library = _backend.native_library()
+            if library is not None and _kernels_take(params, grads):
+                library.gd_step_(params, grads, _number(group["lr"]))
+            else:
+                fallback.gd_step_(params, grads, _number(group["lr"]))
+        return loss
+
+
+class SGD(torch.optim.SGD):
+    """:class:`torch.optim.SGD` whose step is one kernel call for each parameter group.
+
+    Arguments, errors, ``state_dict`` (which loads both ways), schedulers, hooks and
+    :class:`torch.amp.GradScaler` are torch's. So is the step itself wherever the kernel does not
+    apply: ``differentiable=True``, sparse gradients, other devices, complex numbers, and groups
+    that mix dtypes. ``foreach`` and ``fused`` are accepted and matter only there (and
+    ``fused=True`` lets a GradScaler leave unscaling to the step, as with torch).
+    """
+
+    @_observable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step; tensors without a gradient stay as they are.
+
+        Args:
+            closure: called first, with gradients enabled, to compute the loss and its gradients.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.is_cpu and found_inf.item() != 0:
+            # A GradScaler met an overflow. A kernel would leave the parameters alone too, but not
+            # before a first momentum buffer, without contents, has been made.
+            return loss
+        differentiable = self.defaults["differentiable"]
+        library = None if differentiable else _backend.native_library()
+        with torch.set_grad_enabled(differentiable):
+            for group in self.param_groups:
+                if library is None or not self._native_step(library, group):
+                    self._torch_step(group)
+        return loss
+
+    def _native_step(self, library: Any, group: dict[str, Any]) -> bool:
+        """Steps one group with the kernel; False, and nothing done, where that does not apply."""
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return True
+        grads = [param.grad for param in params]
+        if not _kernels_take(params, grads):
+            return False
+        momentum = group["momentum"]
+        options = (
+            _number(group["weight_decay"]),
+            float(momentum),
+            _number(group["lr"]),
+            float(group["dampening"]),
+            group["nesterov"],
+            group["maximize"],
+        )
+        grad_scale = getattr(self, "grad_scale", None)
+        if momentum == 0:
+            library.sgd_step_(params, grads, [], *options, False, grad_scale, None)
+            return True
+        # The first gradient becomes the buffer, and a parameter may meet its first one late.
+        first: _Lists = ([], [], [])
+        later: _Lists = ([], [], [])
+        for param, grad in zip(params, grads, strict=True):
+            buffer = self.state[param].get("momentum_buffer")
+            lists = first if buffer is None else later
+            lists[0].append(param)
+            lists[1].append(grad)
+            lists[2].append(torch.empty_like(grad) if buffer is None else buffer)
+        if later[0]:
+            library.sgd_step_(*later, *options, False, grad_scale, None)
+        if first[0]:
+            library.sgd_step_(*first, *options, True, grad_scale, None)
+            for param, buffer in zip(first[0], first[2], strict=True):
+                self.state[param]["momentum_buffer"] = buffer
+        return True
+
+    def _torch_step(self, group: dict[str, Any]) -> None:
+        """Steps one group as torch.optim.SGD does."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=has_sparse_grad,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if group["momentum"] != 0:
+            for param, buffer in zip(params, buffers, strict=True):
+                self.state[param]["momentum_buffer"] = buffer

@@ -1,0 +1,60 @@
+// 2-D convolution: the problem, the plan for it, and the entry points.
+#pragma once
+
+#include "kernels/cpu/isa.h"
+#include "kernels/types.h"
+
+namespace cnnkernels {
+
+// output[n,k,y,x] = bias[k] + sum over c,r,s of
+//   weight[k,c,r,s] * input[n, g(k)*C/G + c, y*stride_h + r*dilation_h - pad_top,
+//                           x*stride_w + s*dilation_w - pad_left]
+// with input = 0 outside of the image. Input, output and their gradients are
+// dense in `layout`; the weight has the strides given (in elements).
+struct Conv2dProblem {
+  int64_t batch;
+  int64_t in_channels;   // C, over all groups
+  int64_t out_channels;  // K, over all groups
+  int64_t groups;
+  int64_t in_height, in_width;
+  int64_t out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;  // "same" may pad more below and to the right
+  int64_t dilation_h, dilation_w;
+  int64_t weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s;
+  DType dtype;
+  Layout layout;
+
+  int64_t multiply_adds() const {
+    return batch * out_channels * out_height * out_width * (in_channels / groups) * kernel_height *
+           kernel_width;
+  }
+};
+
+// Which algorithm runs and how it is cut up; a pure function of the problem,
+// the instruction set and the number of threads.
+struct Conv2dPlan {
+  const char* algorithm;
+  Isa isa;
+  int vector_lanes;
+  int threads;               // 1: the call stays on its own thread
+  int64_t images_per_chunk;  // images packed at a time
+  int64_t rows_per_task;     // output rows in one task
+  int64_t channels_per_task;
+  bool in_place;  // reads the input where it lies, without packing
+  int64_t workspace_bytes;
+};
+
+Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads);
+
+// bias may be null.
+void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
+                    const void* input, const void* weight, const void* bias, void* output);
+
+// Any of the three gradients may be null. grad_weight has the weight's strides.
+void conv2d_backward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
+                     const void* grad_output, const void* input, const void* weight,
+                     void* grad_input, void* grad_weight, void* grad_bias);
+
+}  // namespace cnnkernels

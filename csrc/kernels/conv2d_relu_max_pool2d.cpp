@@ -1,0 +1,56 @@
+#include "kernels/conv2d_relu_max_pool2d.h"
+
+#include <algorithm>
+
+#include "kernels/cpu/conv2d_relu_max_pool2d.h"
+
+namespace cnnkernels {
+
+Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dProblem& problem,
+                                                    Isa isa, int threads) {
+  const Conv2dPlan conv = plan_conv2d(problem.conv, isa, threads);
+  const MaxPool2dProblem& window = problem.pool;
+  Conv2dReluMaxPool2dPlan plan;
+  plan.algorithm = "direct";
+  plan.isa = isa;
+  plan.vector_lanes = conv.vector_lanes;
+  plan.threads = conv.threads;
+  plan.images_per_chunk = conv.images_per_chunk;
+  plan.channels_per_task = conv.channels_per_task;
+  plan.pool_in_registers = window.kernel_height == 2 && window.kernel_width == 2 &&
+                           window.stride_h == 2 && window.stride_w == 2 && window.pad_top == 0 &&
+                           window.pad_left == 0 && window.dilation_h == 1 &&
+                           window.dilation_w == 1 && 2 * window.out_height <= window.in_height &&
+                           2 * window.out_width <= window.in_width;
+  // A band of convolution rows of all its channels should fit in the cache.
+  const int64_t row_bytes = plan.channels_per_task * problem.conv.out_width *
+                            accumulator_size(problem.conv.dtype) * window.stride_h;
+  const int64_t cached_rows = std::max<int64_t>(2, 64 * 1024 / std::max<int64_t>(1, row_bytes));
+  const int64_t other_tasks = plan.images_per_chunk * problem.conv.groups *
+                              ceil_div(problem.conv.out_channels / problem.conv.groups,
+                                       plan.channels_per_task);
+  const int64_t blocks =
+      plan.threads == 1 ? 1 : ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, other_tasks));
+  plan.rows_per_task = std::max<int64_t>(1, ceil_div(window.out_height, blocks));
+  if (!plan.pool_in_registers) plan.rows_per_task = std::min(plan.rows_per_task, cached_rows);
+  plan.workspace_bytes = conv.workspace_bytes;
+  return plan;
+}
+
+void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                                    const ThreadPool& pool, const void* input, const void* weight,
+                                    const void* bias, void* output, void* argmax) {
+  const Conv2dReluMaxPool2dPlan plan = plan_conv2d_relu_max_pool2d(problem, isa, pool.threads);
+  conv2d_relu_max_pool2d_direct_forward(problem, plan, pool, input, weight, bias, output, argmax);
+}
+
+void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                                     const ThreadPool& pool, const void* grad_output,
+                                     const void* input, const void* weight, const void* output,
+                                     const void* argmax, void* grad_input, void* grad_weight,
+                                     void* grad_bias) {
+  conv2d_relu_max_pool2d_winners_backward(problem, isa, pool, grad_output, input, weight, output,
+                                          argmax, grad_input, grad_weight, grad_bias);
+}
+
+}  // namespace cnnkernels

@@ -1,0 +1,46 @@
+// Convolution, bias, ReLU and max pooling in one pass: the output of the
+// convolution is never stored.
+#pragma once
+
+#include "kernels/conv2d.h"
+#include "kernels/max_pool2d.h"
+
+namespace cnnkernels {
+
+// conv.out_* equals pool.in_*, conv.out_channels equals pool.channels; both
+// share batch, dtype and layout.
+struct Conv2dReluMaxPool2dProblem {
+  Conv2dProblem conv;
+  MaxPool2dProblem pool;
+};
+
+struct Conv2dReluMaxPool2dPlan {
+  const char* algorithm;
+  Isa isa;
+  int vector_lanes;
+  int threads;
+  int64_t images_per_chunk;
+  int64_t rows_per_task;  // pooled rows
+  int64_t channels_per_task;
+  bool pool_in_registers;  // 2x2 windows at stride 2 close without leaving registers
+  int64_t workspace_bytes;
+};
+
+Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dProblem& problem,
+                                                    Isa isa, int threads);
+
+// bias and argmax may be null. Where the pooled value is positive or NaN, the
+// argmax is the winning tap as in max_pool2d_forward; elsewhere no gradient
+// passes and the tap is only some tap of the window.
+void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                                    const ThreadPool& pool, const void* input, const void* weight,
+                                    const void* bias, void* output, void* argmax);
+
+// Any of the three gradients may be null. `output` is the pooled output.
+void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                                     const ThreadPool& pool, const void* grad_output,
+                                     const void* input, const void* weight, const void* output,
+                                     const void* argmax, void* grad_input, void* grad_weight,
+                                     void* grad_bias);
+
+}  // namespace cnnkernels

@@ -1,0 +1,20 @@
+// The CPU entry points of the fused block; see the .inl files for the ideas.
+#pragma once
+
+#include "kernels/conv2d_relu_max_pool2d.h"
+
+namespace cnnkernels {
+
+void conv2d_relu_max_pool2d_direct_forward(const Conv2dReluMaxPool2dProblem& problem,
+                                           const Conv2dReluMaxPool2dPlan& plan,
+                                           const ThreadPool& pool, const void* input,
+                                           const void* weight, const void* bias, void* output,
+                                           void* argmax);
+
+void conv2d_relu_max_pool2d_winners_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                                             const ThreadPool& pool, const void* grad_output,
+                                             const void* input, const void* weight,
+                                             const void* output, const void* argmax,
+                                             void* grad_input, void* grad_weight, void* grad_bias);
+
+}  // namespace cnnkernels

@@ -1,0 +1,290 @@
+// Backward of the fused block through the winners only.
+//
+// A convolution output has a gradient only if it won its window and passed the
+// ReLU: at most one in four with 2x2 windows. Each winner adds g * patch to its
+// channel's weight gradient and g * weights to the input gradient. The image is
+// kept as rows of pixels of channels, so that a kernel row of a patch is one
+// contiguous run of kernel_width * channels elements, however few the channels
+// are; weights and their gradients are kept as the same runs, padded to whole
+// vectors.
+//
+// A task owns a fixed range of images and its own partial weight gradient;
+// partials are added up in their order, so that a thread count has one result.
+
+// Vectors of one run that stay in registers while all winners pass.
+constexpr int kRunVectors = CNNK_VECTOR_REGISTERS >= 32 ? 16 : 8;
+
+// How a patch of one group falls into contiguous runs.
+struct Runs {
+  int64_t count;           // kernel rows, or single taps if columns are dilated
+  int64_t length;          // elements
+  int64_t padded;          // elements, a multiple of the vector width
+  std::vector<int64_t> offsets;  // from the patch's first pixel
+  int64_t size() const { return count * padded; }
+};
+
+// An image as bordered rows of pixels, one group after the other.
+struct PixelRows {
+  int64_t rows, columns;
+  int64_t channels;  // of one group
+  int64_t row() const { return columns * channels; }
+  int64_t group() const { return rows * row(); }
+};
+
+inline PixelRows pixel_rows(const Conv2dProblem& conv) {
+  return {(conv.out_height - 1) * conv.stride_h + (conv.kernel_height - 1) * conv.dilation_h + 1,
+          (conv.out_width - 1) * conv.stride_w + (conv.kernel_width - 1) * conv.dilation_w + 1,
+          conv.in_channels / conv.groups};
+}
+
+template <class A>
+Runs patch_runs(const Conv2dProblem& conv, const PixelRows& pixels) {
+  Runs runs;
+  const bool whole_rows = conv.dilation_w == 1;
+  runs.length = (whole_rows ? conv.kernel_width : 1) * pixels.channels;
+  runs.padded = round_up(runs.length, kLanes<A>);
+  for (int64_t r = 0; r < conv.kernel_height; ++r) {
+    for (int64_t s = 0; s < (whole_rows ? 1 : conv.kernel_width); ++s) {
+      runs.offsets.push_back(r * conv.dilation_h * pixels.row() +
+                             s * conv.dilation_w * pixels.channels);
+    }
+  }
+  runs.count = static_cast<int64_t>(runs.offsets.size());
+  return runs;
+}
+
+// Where weight (c, r, s) of one output channel lies in its runs.
+CNNK_INLINE int64_t run_position(const Conv2dProblem& conv, const Runs& runs, int64_t channels,
+                                 int64_t c, int64_t r, int64_t s) {
+  if (conv.dilation_w == 1) return r * runs.padded + s * channels + c;
+  return (r * conv.kernel_width + s) * runs.padded + c;
+}
+
+// Visits the pixels of the image that pixel rows cover: visit(group, offset in
+// the group's rows, offset of its first channel in the image, channel stride).
+template <class Visit>
+CNNK_INLINE void for_each_pixel(const Conv2dProblem& conv, const PixelRows& pixels, Visit&& visit) {
+  const PlaneSource source =
+      plane_source(conv.layout, conv.in_channels, conv.in_height, conv.in_width);
+  const int64_t y0 = std::max<int64_t>(0, conv.pad_top);
+  const int64_t y1 = std::min(pixels.rows, conv.in_height + conv.pad_top);
+  const int64_t x0 = std::max<int64_t>(0, conv.pad_left);
+  const int64_t x1 = std::min(pixels.columns, conv.in_width + conv.pad_left);
+  for (int64_t group = 0; group < conv.groups; ++group) {
+    for (int64_t y = y0; y < y1; ++y) {
+      for (int64_t x = x0; x < x1; ++x) {
+        visit(group, y * pixels.row() + x * pixels.channels,
+              group * pixels.channels * source.channel_stride +
+                  (y - conv.pad_top) * source.row_stride +
+                  (x - conv.pad_left) * source.column_stride,
+              source.channel_stride);
+      }
+    }
+  }
+}
+
+template <class A>
+struct WinnerGradient {
+  int64_t offset;  // of the patch's first pixel in its group's rows
+  A gradient;
+};
+
+// The winners of one output channel of one image that pass a gradient.
+template <class T, class Tap>
+void collect_winners(const Conv2dReluMaxPool2dProblem& problem, const PixelRows& pixels,
+                     const T* grad_output, const T* output, const Tap* argmax, int64_t pixel_step,
+                     std::vector<WinnerGradient<Accumulator<T>>>& winners) {
+  using A = Accumulator<T>;
+  const Conv2dProblem& conv = problem.conv;
+  const MaxPool2dProblem& window = problem.pool;
+  winners.resize(static_cast<size_t>(window.out_height * window.out_width));
+  size_t count = 0;
+  for (int64_t y = 0; y < window.out_height; ++y) {
+    for (int64_t x = 0; x < window.out_width; ++x) {
+      const int64_t at = (y * window.out_width + x) * pixel_step;
+      const InputPosition winner =
+          winner_position(window, y, x, static_cast<int64_t>(argmax[at]));
+      const A gradient = widen(grad_output[at]);
+      // Written always, kept only if it passes: a branch here would be taken
+      // at random.
+      winners[count] = {winner.y * conv.stride_h * pixels.row() +
+                            winner.x * conv.stride_w * pixels.channels,
+                        gradient};
+      const bool passes = !(widen(output[at]) <= A{0}) & !(gradient == A{0});
+      count += static_cast<size_t>(passes);
+    }
+  }
+  winners.resize(count);
+}
+
+// sums[i] += g * source[offset + i] over the winners, for NV vectors of a run.
+template <class A, int NV>
+void weight_gradient_run(const std::vector<WinnerGradient<A>>& winners, const A* source, A* sums) {
+  Vec<A> sum[NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < NV; ++i) sum[i] = Vec<A>{};
+  for (const WinnerGradient<A>& winner : winners) {
+    const Vec<A> g = broadcast(winner.gradient);
+    const A* const from = source + winner.offset;
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) sum[i] += g * load(from + i * kLanes<A>);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < NV; ++i) store(sums + i * kLanes<A>, load(sums + i * kLanes<A>) + sum[i]);
+}
+
+template <class A>
+void weight_gradient_of(const std::vector<WinnerGradient<A>>& winners, const Runs& runs,
+                        const A* source, A* sums) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t run = 0; run < runs.count; ++run) {
+    int64_t i = 0;
+    const auto vectors = [&](auto count) {
+      constexpr int NV = decltype(count)::value;
+      weight_gradient_run<A, NV>(winners, source + runs.offsets[run] + i,
+                                 sums + run * runs.padded + i);
+      i += NV * lanes;
+    };
+    while (runs.padded - i >= kRunVectors * lanes) vectors(Constant<kRunVectors>{});
+    while (runs.padded - i >= 4 * lanes) vectors(Constant<4>{});
+    while (runs.padded - i >= 2 * lanes) vectors(Constant<2>{});
+    while (runs.padded - i >= lanes) vectors(Constant<1>{});
+  }
+}
+
+// gradient[offset + i] += g * weights[i] over the winners.
+template <class A>
+void input_gradient_of(const std::vector<WinnerGradient<A>>& winners, const Runs& runs,
+                       const A* weights, A* gradient) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t whole = runs.length / lanes * lanes;
+  const Vec<Mask<A>> tail = first_lanes<A>(runs.length - whole);
+  for (const WinnerGradient<A>& winner : winners) {
+    const Vec<A> g = broadcast(winner.gradient);
+    for (int64_t run = 0; run < runs.count; ++run) {
+      A* const to = gradient + winner.offset + runs.offsets[run];
+      const A* const from = weights + run * runs.padded;
+      for (int64_t i = 0; i < whole; i += lanes) store(to + i, load(to + i) + g * load(from + i));
+      if (whole < runs.length) {
+        // The lanes past the run belong to other pixels, which an infinite g
+        // times a padding zero would turn to NaN.
+        const Vec<A> old = load(to + whole);
+        store(to + whole, select<A>(tail, old + g * load(from + whole), old));
+      }
+    }
+  }
+}
+
+template <class T, class Tap>
+void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
+              const void* grad_output_data, const void* input_data, const void* weight_data,
+              const void* output_data, const void* argmax_data, void* grad_input_data,
+              void* grad_weight_data, void* grad_bias_data) {
+  using A = Accumulator<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const Conv2dProblem& conv = problem.conv;
+  const MaxPool2dProblem& window = problem.pool;
+  const T* const grad_output = static_cast<const T*>(grad_output_data);
+  const T* const input = static_cast<const T*>(input_data);
+  const T* const weight = static_cast<const T*>(weight_data);
+  const T* const output = static_cast<const T*>(output_data);
+  const Tap* const argmax = static_cast<const Tap*>(argmax_data);
+  T* const grad_input = static_cast<T*>(grad_input_data);
+  T* const grad_weight = static_cast<T*>(grad_weight_data);
+  T* const grad_bias = static_cast<T*>(grad_bias_data);
+  const bool nchw = conv.layout == Layout::nchw;
+  const int64_t group_out = conv.out_channels / conv.groups;
+  const PixelRows pixels = pixel_rows(conv);
+  const Runs runs = patch_runs<A>(conv, pixels);
+  const int64_t image_count = conv.groups * pixels.group() + lanes;
+  const int64_t input_image = image_stride(conv.in_channels, conv.in_height, conv.in_width);
+  const int64_t outputs = window.out_height * window.out_width;
+  const int64_t output_image = conv.out_channels * outputs;
+  const int64_t pixel_step = nchw ? 1 : conv.out_channels;
+
+  // Multiply-adds if every window passes a gradient.
+  const int64_t work = conv.batch * output_image * runs.size();
+  const int64_t tasks =
+      work < kSerialMultiplyAdds ? 1 : std::min<int64_t>(conv.batch, pool.threads);
+  const int64_t sums_count = conv.out_channels * runs.size();
+  const Workspace partials(tasks * (sums_count + conv.out_channels) *
+                           static_cast<int64_t>(sizeof(A)));
+  const Workspace weight_workspace(sums_count * static_cast<int64_t>(sizeof(A)));
+  A* const weight_runs = weight_workspace.as<A>();
+
+  const auto for_each_weight = [&](const auto& visit) {
+    for (int64_t k = 0; k < conv.out_channels; ++k) {
+      for (int64_t c = 0; c < pixels.channels; ++c) {
+        for (int64_t r = 0; r < conv.kernel_height; ++r) {
+          for (int64_t s = 0; s < conv.kernel_width; ++s) {
+            visit(k * conv.weight_stride_k + c * conv.weight_stride_c + r * conv.weight_stride_r +
+                      s * conv.weight_stride_s,
+                  k * runs.size() + run_position(conv, runs, pixels.channels, c, r, s));
+          }
+        }
+      }
+    }
+  };
+  if (grad_input != nullptr) {
+    std::fill_n(weight_runs, sums_count, A{0});
+    for_each_weight([&](int64_t at, int64_t run) { weight_runs[run] = widen(weight[at]); });
+  }
+
+  parallel_for(pool, tasks, tasks == 1, [&](int64_t begin, int64_t end) {
+    const Workspace images(2 * image_count * static_cast<int64_t>(sizeof(A)));
+    A* const source = images.as<A>();
+    A* const gradient = source + image_count;
+    std::vector<WinnerGradient<A>> winners;
+    if (grad_weight != nullptr) std::fill_n(source, image_count, A{0});  // the border stays zero
+    for (int64_t task = begin; task < end; ++task) {
+      A* const sums = partials.as<A>() + task * (sums_count + conv.out_channels);
+      A* const bias_sums = sums + sums_count;
+      std::fill_n(sums, sums_count + conv.out_channels, A{0});
+      for (int64_t n = conv.batch * task / tasks; n < conv.batch * (task + 1) / tasks; ++n) {
+        if (grad_weight != nullptr) {
+          const T* const image = input + n * input_image;
+          for_each_pixel(conv, pixels, [&](int64_t group, int64_t to, int64_t from, int64_t step) {
+            A* const pixel = source + group * pixels.group() + to;
+            for (int64_t c = 0; c < pixels.channels; ++c) pixel[c] = widen(image[from + c * step]);
+          });
+        }
+        if (grad_input != nullptr) std::fill_n(gradient, image_count, A{0});
+        for (int64_t k = 0; k < conv.out_channels; ++k) {
+          const int64_t at = n * output_image + (nchw ? k * outputs : k);
+          collect_winners(problem, pixels, grad_output + at, output + at, argmax + at, pixel_step,
+                          winners);
+          const int64_t group = k / group_out * pixels.group();
+          if (grad_bias != nullptr) {
+            A sum = 0;
+            for (const WinnerGradient<A>& winner : winners) sum += winner.gradient;
+            bias_sums[k] += sum;
+          }
+          if (grad_weight != nullptr) {
+            weight_gradient_of(winners, runs, source + group, sums + k * runs.size());
+          }
+          if (grad_input != nullptr) {
+            input_gradient_of(winners, runs, weight_runs + k * runs.size(), gradient + group);
+          }
+        }
+        if (grad_input != nullptr) {
+          T* const image = grad_input + n * input_image;
+          std::fill_n(image, input_image, T{});
+          for_each_pixel(conv, pixels, [&](int64_t group, int64_t from, int64_t to, int64_t step) {
+            const A* const pixel = gradient + group * pixels.group() + from;
+            for (int64_t c = 0; c < pixels.channels; ++c) image[to + c * step] = narrow<T>(pixel[c]);
+          });
+        }
+      }
+    }
+  });
+
+  A* const total = partials.as<A>();
+  for (int64_t task = 1; task < tasks; ++task) {
+    const A* const sums = total + task * (sums_count + conv.out_channels);
+    for (int64_t i = 0; i < sums_count + conv.out_channels; ++i) total[i] += sums[i];
+  }
+  if (grad_weight != nullptr) {
+    for_each_weight([&](int64_t at, int64_t run) { grad_weight[at] = narrow<T>(total[run]); });
+  }
+  if (grad_bias != nullptr) narrow_row(total + sums_count, grad_bias, conv.out_channels);
+}

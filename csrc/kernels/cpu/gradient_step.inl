@@ -1,0 +1,83 @@
+// Gradient-descent steps: one pass over parameter, gradient and momentum
+// buffer, which is what memory bandwidth allows (12 bytes a float parameter,
+// 20 with momentum). Which terms exist is a template argument, so that plain
+// gradient descent compiles to one multiply-add an element.
+
+template <class T, bool WithMomentum, bool Nesterov>
+void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const StepOptions& options) {
+  using A = Accumulator<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  T* const param = static_cast<T*>(tensor.param);
+  T* const grad = static_cast<T*>(tensor.grad);
+  T* const buffer = static_cast<T*>(tensor.momentum_buffer);
+  const A lr = static_cast<A>(options.lr);
+  const A momentum = static_cast<A>(options.momentum);
+  const A undamped = static_cast<A>(1 - options.dampening);
+  const A weight_decay = static_cast<A>(options.weight_decay);
+  const A grad_scale = static_cast<A>(options.grad_scale);
+  const A sign = options.maximize ? A{-1} : A{1};
+  const bool decays = options.weight_decay != 0;
+
+  const auto update = [&](Vec<A>& p, Vec<A>& g, Vec<A>& m) {
+    if (options.unscale) g = g / grad_scale;
+    Vec<A> direction = g * sign;
+    if (decays) direction += p * weight_decay;
+    if constexpr (WithMomentum) {
+      m = options.first_step ? direction : m * momentum + direction * undamped;
+      direction = Nesterov ? direction + m * momentum : m;
+    }
+    p -= direction * lr;
+  };
+
+  int64_t i = begin;
+  for (; i + lanes <= end; i += lanes) {
+    Vec<A> p = load_widened(param + i);
+    Vec<A> g = load_widened(grad + i);
+    Vec<A> m{};
+    if constexpr (WithMomentum) {
+      if (!options.first_step) m = load_widened(buffer + i);
+    }
+    update(p, g, m);
+    store_narrowed(param + i, p);
+    if constexpr (WithMomentum) store_narrowed(buffer + i, m);
+    if (options.unscale) store_narrowed(grad + i, g);
+  }
+  if (i < end) {
+    const int64_t count = end - i;
+    Vec<A> p = load_first(param + i, count, A{0});
+    Vec<A> g = load_first(grad + i, count, A{0});
+    Vec<A> m{};
+    if constexpr (WithMomentum) {
+      if (!options.first_step) m = load_first(buffer + i, count, A{0});
+    }
+    update(p, g, m);
+    store_first(param + i, p, count);
+    if constexpr (WithMomentum) store_first(buffer + i, m, count);
+    if (options.unscale) store_first(grad + i, g, count);
+  }
+}
+
+template <class T>
+void step(const ThreadPool& pool, const std::vector<StepTensor>& tensors,
+          const StepOptions& options) {
+  const auto run = options.momentum == 0 ? &step_range<T, false, false>
+                   : options.nesterov    ? &step_range<T, true, true>
+                                         : &step_range<T, true, false>;
+  std::vector<int64_t> ends;  // where each tensor ends in the list's elements
+  ends.reserve(tensors.size());
+  int64_t total = 0;
+  for (const StepTensor& tensor : tensors) ends.push_back(total += tensor.count);
+  const bool serial = total < kSerialElements;
+  // Chunks of a few pages, so that a task starts on its own cache lines.
+  parallel_for(pool, ceil_div(total, kChunkElements), serial, [&](int64_t begin, int64_t end) {
+    int64_t at = begin * kChunkElements;
+    const int64_t stop = std::min(total, end * kChunkElements);
+    size_t i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
+    for (; at < stop; ++i) {
+      const int64_t start = ends[i] - tensors[i].count;
+      const int64_t tensor_stop = std::min(stop, ends[i]);
+      run(tensors[i], at - start, tensor_stop - start, options);
+      at = tensor_stop;
+    }
+  });
+}

@@ -1,0 +1,123 @@
+// One row of pooled outputs from packed planes: vectors along the row.
+//
+// The maximum and its tap stay in registers over the window. Packed borders
+// hold -inf, which never replaces a maximum; where nothing does, the result is
+// the window's first tap inside of the image.
+
+template <class A>
+struct PoolRow {
+  const A* source;          // packed position of output column 0, window row 0
+  const int64_t* row_taps;  // kernel_width offsets of a window row's taps
+  int64_t row_step;         // from one window row to the next
+  int64_t kernel_height, kernel_width;
+  int64_t first_row, last_row;     // window rows inside of the image: [first, last)
+  const Mask<A>* first_column;  // of each output column: its first tap inside
+  int64_t width;
+};
+
+template <class A>
+struct Winner {
+  Vec<A> value;
+  Vec<Mask<A>> tap;
+};
+
+// torch's order: a greater value or a NaN replaces the maximum.
+template <class A>
+CNNK_INLINE void challenge(Winner<A>& winner, Vec<A> value, Mask<A> tap) {
+  const Vec<Mask<A>> wins = (value > winner.value) | (value != value);
+  winner.value = select<A>(wins, value, winner.value);
+  winner.tap = wins ? broadcast<Mask<A>>(tap) : winner.tap;
+}
+
+template <class A>
+CNNK_INLINE Winner<A> pool_window(const PoolRow<A>& row, int64_t x) {
+  constexpr A lowest = -std::numeric_limits<A>::infinity();
+  Winner<A> winner;
+  winner.value = broadcast<A>(lowest);
+  winner.tap = load(row.first_column + x) +
+               broadcast<Mask<A>>(static_cast<Mask<A>>(row.first_row * row.kernel_width));
+  for (int64_t r = row.first_row; r < row.last_row; ++r) {
+    const A* const source = row.source + r * row.row_step + x;
+    for (int64_t s = 0; s < row.kernel_width; ++s) {
+      challenge<A>(winner, load(source + row.row_taps[s]),
+                   static_cast<Mask<A>>(r * row.kernel_width + s));
+    }
+  }
+  return winner;
+}
+
+// Where the taps of winners go: uint8_t or int32_t elements, or nowhere.
+struct ArgmaxOut {
+  void* data;
+  bool compact;
+};
+
+template <class A, class Tap>
+CNNK_INLINE void store_taps_as(Tap* to, Vec<Mask<A>> taps, int64_t count, int64_t step) {
+  constexpr int lanes = kLanes<A>;
+  if (step == 1 && count == lanes) {
+    typedef Tap Narrow __attribute__((vector_size(lanes * sizeof(Tap))));
+    const Narrow narrow_taps = __builtin_convertvector(taps, Narrow);
+    __builtin_memcpy(to, &narrow_taps, sizeof narrow_taps);
+    return;
+  }
+  Mask<A> values[lanes];
+  store(values, taps);
+  for (int64_t i = 0; i < count; ++i) to[i * step] = static_cast<Tap>(values[i]);
+}
+
+// Stores `count` taps from element `at` on, `step` elements apart.
+template <class A>
+CNNK_INLINE void store_taps(const ArgmaxOut& out, int64_t at, Vec<Mask<A>> taps, int64_t count,
+                            int64_t step) {
+  if (out.data == nullptr) return;
+  if (out.compact) {
+    store_taps_as<A>(static_cast<uint8_t*>(out.data) + at, taps, count, step);
+  } else {
+    store_taps_as<A>(static_cast<int32_t*>(out.data) + at, taps, count, step);
+  }
+}
+
+// Writes a row of values and of taps from element `at` on.
+template <class A>
+void pool_row(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut& argmax, int64_t at,
+              int64_t step) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t x = 0; x < row.width; x += lanes) {
+    const int64_t count = std::min(lanes, row.width - x);
+    const Winner<A> winner = pool_window(row, x);
+    store_as<A>(dtype, values, at + x * step, winner.value, count, step);
+    store_taps<A>(argmax, at + x * step, winner.tap, count, step);
+  }
+}
+
+// The parts of a PoolRow that are the same for every row of a problem.
+template <class A>
+struct PoolTables {
+  std::vector<int64_t> row_taps;
+  std::vector<Mask<A>> first_column;
+
+  PoolTables(const MaxPool2dProblem& problem, const PackedPlanes& packed) {
+    for (int64_t s = 0; s < problem.kernel_width; ++s) {
+      row_taps.push_back(packed.column_offset(s * problem.dilation_w));
+    }
+    first_column.assign(round_up(problem.out_width, kLanes<A>), 0);
+    for (int64_t x = 0; x < problem.out_width; ++x) {
+      const int64_t outside = problem.pad_left - x * problem.stride_w;
+      if (outside > 0) first_column[x] = static_cast<Mask<A>>(ceil_div(outside, problem.dilation_w));
+    }
+  }
+};
+
+// The window rows of output row y that lie inside of the image.
+struct WindowRows {
+  int64_t first, last;
+};
+
+CNNK_INLINE WindowRows window_rows(const MaxPool2dProblem& problem, int64_t y) {
+  const int64_t start = y * problem.stride_h - problem.pad_top;
+  const int64_t first = start < 0 ? ceil_div(-start, problem.dilation_h) : 0;
+  const int64_t room = problem.in_height - 1 - start;
+  const int64_t last = room < 0 ? 0 : room / problem.dilation_h + 1;
+  return {first, std::min(problem.kernel_height, last)};
+}

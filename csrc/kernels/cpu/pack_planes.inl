@@ -1,0 +1,79 @@
+// Copies planes into the layout of packed_planes.h, converting to the
+// accumulator type on the way. Rows and columns outside of the image get `fill`.
+
+// The part of sub-row `phase` that lies inside of the image.
+struct ColumnRange {
+  int64_t begin, end;
+};
+
+CNNK_INLINE ColumnRange columns_inside(const PackedPlanes& packed, int64_t width, int64_t phase) {
+  const int64_t before = packed.left - phase;
+  const int64_t begin = before > 0 ? ceil_div(before, packed.phases) : 0;
+  const int64_t last = width - 1 + packed.left - phase;
+  const int64_t end = last < 0 ? 0 : last / packed.phases + 1;
+  return {std::min(begin, packed.row_length), std::max(begin, std::min(end, packed.row_length))};
+}
+
+template <class A>
+CNNK_INLINE void fill_row(A* row, int64_t begin, int64_t end, A fill) {
+  for (int64_t i = begin; i < end; ++i) row[i] = fill;
+}
+
+// Channels are interleaved in NHWC, so that several are packed in one sweep.
+constexpr int64_t kInterleavedChannels = 8;
+
+template <class T>
+void pack_planes(const T* image, const PlaneSource& source, int64_t channels,
+                 const PackedPlanes& packed, Accumulator<T> fill, Accumulator<T>* out) {
+  using A = Accumulator<T>;
+  const int64_t plane = packed.plane();
+  const int64_t sweep = source.column_stride == 1 ? 1 : kInterleavedChannels;
+  for (int64_t c0 = 0; c0 < channels; c0 += sweep) {
+    const int64_t count = std::min(sweep, channels - c0);
+    for (int64_t y = 0; y < packed.rows; ++y) {
+      const int64_t source_y = y - packed.top;
+      const bool outside = source_y < 0 || source_y >= source.height;
+      for (int64_t phase = 0; phase < packed.phases; ++phase) {
+        A* row = out + c0 * plane + y * packed.pitch() + phase * packed.row_length;
+        if (outside) {
+          for (int64_t c = 0; c < count; ++c) {
+            fill_row(row + c * plane, 0, packed.row_length, fill);
+          }
+          continue;
+        }
+        const ColumnRange inside = columns_inside(packed, source.width, phase);
+        for (int64_t c = 0; c < count; ++c) {
+          fill_row(row + c * plane, 0, inside.begin, fill);
+          fill_row(row + c * plane, inside.end, packed.row_length, fill);
+        }
+        const int64_t first_column = inside.begin * packed.phases + phase - packed.left;
+        const T* from = image + c0 * source.channel_stride + source_y * source.row_stride +
+                        first_column * source.column_stride;
+        const int64_t step = packed.phases * source.column_stride;
+        if (step == 1) {
+          widen_row(from, row + inside.begin, inside.end - inside.begin);
+        } else if (count == kInterleavedChannels) {
+          for (int64_t i = inside.begin; i < inside.end; ++i, from += step) {
+            for (int64_t c = 0; c < kInterleavedChannels; ++c) row[c * plane + i] = widen(from[c]);
+          }
+        } else {
+          for (int64_t i = inside.begin; i < inside.end; ++i, from += step) {
+            for (int64_t c = 0; c < count; ++c) {
+              row[c * plane + i] = widen(from[c * source.channel_stride]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same for an image of `dtype` that starts at element `at`.
+template <class A>
+void pack_planes_as(DType dtype, const void* image, int64_t at, const PlaneSource& source,
+                    int64_t channels, const PackedPlanes& packed, A fill, A* out) {
+  with_storage<A>(dtype, [&](auto element) {
+    using T = decltype(element);
+    pack_planes(static_cast<const T*>(image) + at, source, channels, packed, fill, out);
+  });
+}

@@ -1,0 +1,188 @@
+// Vectors of the tier's width, as compiler vector extensions: one source for
+// SSE, AVX2, AVX-512 and, through the baseline, NEON. Included once a tier.
+
+#define CNNK_INLINE inline __attribute__((always_inline))
+
+template <int Value>
+using Constant = std::integral_constant<int, Value>;
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(CNNK_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+constexpr int kLanes = CNNK_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// The integer as wide as T, of which comparisons of Vec<T> are made.
+template <class T>
+struct MaskElement {
+  using type = int32_t;
+};
+template <>
+struct MaskElement<double> {
+  using type = int64_t;
+};
+template <class T>
+using Mask = typename MaskElement<T>::type;
+
+template <class T>
+CNNK_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+CNNK_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+CNNK_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};  // value - 0 keeps -0.0, which value + 0 does not
+}
+
+template <class T>
+CNNK_INLINE Vec<T> select(Vec<Mask<T>> mask, Vec<T> yes, Vec<T> no) {
+  return mask ? yes : no;
+}
+
+template <class T>
+CNNK_INLINE Vec<T> lane_numbers() {
+  T lanes[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(i);
+  return load(lanes);
+}
+
+// All ones in the first n lanes.
+template <class T>
+CNNK_INLINE Vec<Mask<T>> first_lanes(int64_t n) {
+  return lane_numbers<Mask<T>>() < broadcast<Mask<T>>(static_cast<Mask<T>>(n));
+}
+
+template <class T>
+CNNK_INLINE T sum_lanes(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// Conversions between storage and accumulator, a vector of accumulators at a
+// time.
+
+CNNK_INLINE Vec<float> load_widened(const float* p) { return load(p); }
+CNNK_INLINE Vec<double> load_widened(const double* p) { return load(p); }
+
+CNNK_INLINE Vec<float> load_widened(const bfloat16* p) {
+  typedef uint16_t Narrow __attribute__((vector_size(CNNK_VECTOR_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(CNNK_VECTOR_BYTES)));
+  Narrow narrow_bits;
+  __builtin_memcpy(&narrow_bits, p, sizeof narrow_bits);
+  return (Vec<float>)(__builtin_convertvector(narrow_bits, Wide) << 16);
+}
+
+CNNK_INLINE Vec<float> load_widened(const float16* p) {
+#if CNNK_TIER_ID == 2
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif CNNK_TIER_ID == 1
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+CNNK_INLINE void store_narrowed(float* p, Vec<float> v) { store(p, v); }
+CNNK_INLINE void store_narrowed(double* p, Vec<double> v) { store(p, v); }
+
+CNNK_INLINE void store_narrowed(bfloat16* p, Vec<float> v) {
+  typedef uint16_t Narrow __attribute__((vector_size(CNNK_VECTOR_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(CNNK_VECTOR_BYTES)));
+  const Wide bits = (Wide)v;
+  const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Wide nan = Wide{} + 0x7fc0u;
+  const Narrow narrow_bits = __builtin_convertvector(v != v ? nan : rounded, Narrow);
+  __builtin_memcpy(p, &narrow_bits, sizeof narrow_bits);
+}
+
+CNNK_INLINE void store_narrowed(float16* p, Vec<float> v) {
+#if CNNK_TIER_ID == 2
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif CNNK_TIER_ID == 1
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<float16>(v[i]);
+#endif
+}
+
+// The first n < lanes elements; the other lanes read as `fill`.
+template <class T>
+CNNK_INLINE Vec<Accumulator<T>> load_first(const T* p, int64_t n, Accumulator<T> fill) {
+  Accumulator<T> lanes[kLanes<Accumulator<T>>];
+  store(lanes, broadcast<Accumulator<T>>(fill));
+  for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
+  return load(lanes);
+}
+
+template <class T>
+CNNK_INLINE void store_first(T* p, Vec<Accumulator<T>> v, int64_t n, int64_t step = 1) {
+  Accumulator<T> lanes[kLanes<Accumulator<T>>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i * step] = narrow<T>(lanes[i]);
+}
+
+// Converts `count` consecutive elements.
+template <class T>
+CNNK_INLINE void widen_row(const T* from, Accumulator<T>* to, int64_t count) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load_widened(from + i));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+template <class T>
+CNNK_INLINE void narrow_row(const Accumulator<T>* from, T* to, int64_t count) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store_narrowed(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = narrow<T>(from[i]);
+}
+
+// The element types that accumulate in A, resolved at run time where a branch a
+// vector costs less than another copy of the kernel.
+template <class A, class Body>
+CNNK_INLINE void with_storage(DType dtype, Body&& body) {
+  if constexpr (std::is_same_v<A, double>) {
+    body(double{});
+  } else if (dtype == DType::float32) {
+    body(float{});
+  } else if (dtype == DType::bfloat16) {
+    body(bfloat16{});
+  } else {
+    body(float16{});
+  }
+}
+
+// Stores the first `count` lanes from element `at` on, `step` elements apart.
+template <class A>
+__attribute__((noinline)) void store_as(DType dtype, void* out, int64_t at, Vec<A> v, int64_t count,
+                                        int64_t step) {
+  with_storage<A>(dtype, [&](auto element) {
+    using T = decltype(element);
+    T* const to = static_cast<T*>(out) + at;
+    if (step == 1 && count == kLanes<A>) {
+      store_narrowed(to, v);
+    } else {
+      store_first(to, v, count, step);
+    }
+  });
+}

@@ -1,0 +1,39 @@
+#include "kernels/max_pool2d.h"
+
+#include <algorithm>
+
+#include "kernels/cpu/max_pool2d_packing.h"
+
+namespace cnnkernels {
+
+PackedPlanes packed_pool_input(const MaxPool2dProblem& problem) {
+  PackedPlanes packed;
+  packed.top = problem.pad_top;
+  packed.left = problem.pad_left;
+  packed.phases = problem.stride_w;
+  packed.rows = (problem.out_height - 1) * problem.stride_h +
+                (problem.kernel_height - 1) * problem.dilation_h + 1;
+  const int64_t columns = (problem.out_width - 1) * problem.stride_w +
+                          (problem.kernel_width - 1) * problem.dilation_w + 1;
+  packed.row_length = ceil_div(columns, problem.stride_w);
+  return packed;
+}
+
+MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int threads) {
+  // A band of packed rows fills about half of a 32 KiB cache.
+  constexpr int64_t kBandBytes = 16 * 1024;
+  const int64_t size = accumulator_size(problem.dtype);
+  const int64_t row_bytes = std::max<int64_t>(1, packed_pool_input(problem).pitch() * size);
+  const int64_t overlap = (problem.kernel_height - 1) * problem.dilation_h + 1 - problem.stride_h;
+  const int64_t bytes = problem.outputs() * problem.window() * element_size(problem.dtype);
+  MaxPool2dPlan plan;
+  plan.algorithm = problem.layout == Layout::nchw ? "packed rows" : "channel vectors";
+  plan.isa = isa;
+  plan.vector_lanes = static_cast<int>(vector_bytes(isa) / size);
+  plan.threads = bytes < kSerialBytes ? 1 : threads;
+  plan.rows_per_band = std::clamp<int64_t>((kBandBytes / row_bytes - overlap) / problem.stride_h, 1,
+                                           problem.out_height);
+  return plan;
+}
+
+}  // namespace cnnkernels

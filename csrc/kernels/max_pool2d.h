@@ -1,0 +1,92 @@
+// 2-D max pooling: the problem and the entry points.
+//
+// Semantics are torch's: a later element replaces the maximum only if it is
+// greater, or if it is NaN; padding never wins; a window of -inf alone gives
+// its first element inside of the image.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/types.h"
+
+namespace cnnkernels {
+
+struct MaxPool2dProblem {
+  int64_t batch;
+  int64_t channels;
+  int64_t in_height, in_width;
+  int64_t out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;
+  int64_t dilation_h, dilation_w;
+  DType dtype;
+  Layout layout;
+
+  int64_t window() const { return kernel_height * kernel_width; }
+  // The argmax of a window is its tap r * kernel_width + s, in one byte where
+  // that holds it and as int32 otherwise.
+  bool compact_argmax() const { return window() <= 256; }
+  int64_t outputs() const { return batch * channels * out_height * out_width; }
+};
+
+struct MaxPool2dPlan {
+  const char* algorithm;
+  Isa isa;
+  int vector_lanes;
+  int threads;            // 1: the call stays on its own thread
+  int64_t rows_per_band;  // output rows whose packed input stays in the cache; NCHW
+};
+
+MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int threads);
+
+struct InputPosition {
+  int64_t y, x;
+};
+
+// The input element that tap `tap` of window (y, x) is. Throws
+// std::invalid_argument if there is none: an argmax that is not this problem's
+// must not reach memory.
+inline InputPosition winner_position(const MaxPool2dProblem& problem, int64_t y, int64_t x,
+                                     int64_t tap) {
+  const int64_t row = tap / problem.kernel_width;
+  const int64_t column = tap - row * problem.kernel_width;
+  const InputPosition in = {y * problem.stride_h - problem.pad_top + row * problem.dilation_h,
+                            x * problem.stride_w - problem.pad_left + column * problem.dilation_w};
+  if (tap < 0 || in.y < 0 || in.y >= problem.in_height || in.x < 0 || in.x >= problem.in_width) {
+    throw std::invalid_argument("argmax holds " + std::to_string(tap) + " for window (" +
+                                std::to_string(y) + ", " + std::to_string(x) +
+                                "), which has no such element");
+  }
+  return in;
+}
+
+// Calls body with a value of the type in which an argmax is kept.
+template <class Body>
+void with_tap(const MaxPool2dProblem& problem, Body&& body) {
+  if (problem.compact_argmax()) {
+    body(uint8_t{});
+  } else {
+    body(int32_t{});
+  }
+}
+
+// argmax may be null; else it is uint8_t* or int32_t*, as compact_argmax() says.
+void max_pool2d_forward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
+                        const void* input, void* output, void* argmax);
+
+// Adds each output gradient to its window's winner; writes all of grad_input.
+void max_pool2d_backward(const MaxPool2dProblem& problem, const ThreadPool& pool,
+                         const void* grad_output, const void* argmax, void* grad_input);
+
+// values[i] = input at the winner of window i: the derivative of the backward.
+void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* input,
+                       const void* argmax, void* values);
+
+// torch's indices: the winner's position y * in_width + x in its plane.
+void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool,
+                        const void* argmax, int64_t* indices);
+
+}  // namespace cnnkernels

@@ -1,0 +1,298 @@
+#include "ops/arguments.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+namespace cnnkernels {
+namespace {
+
+int64_t checked_add(const char* op, int64_t a, int64_t b) {
+  int64_t sum;
+  TORCH_CHECK(!__builtin_add_overflow(a, b, &sum), op, ": sizes overflow 64 bits: ", a, " + ", b);
+  return sum;
+}
+
+int64_t checked_multiply(const char* op, int64_t a, int64_t b) {
+  int64_t product;
+  TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), op, ": sizes overflow 64 bits: ", a, " * ",
+              b);
+  return product;
+}
+
+// dilation * (kernel - 1) + 1
+int64_t kernel_extent(const char* op, int64_t kernel, int64_t dilation) {
+  return checked_add(op, checked_multiply(op, dilation, kernel - 1), 1);
+}
+
+void check_pair(const char* op, const char* name, const Pair& pair, int64_t least) {
+  TORCH_CHECK(pair[0] >= least && pair[1] >= least, op, ": ", name, " must be ",
+              least == 0 ? "non-negative" : "positive", ", but got ", name, "=(", pair[0], ", ",
+              pair[1], ")");
+}
+
+int64_t pool_output_size(const char* op, const char* axis, int64_t size, int64_t kernel,
+                         int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const int64_t bordered = checked_add(op, size, checked_multiply(op, 2, padding));
+  const int64_t extent = kernel_extent(op, kernel, dilation);
+  const int64_t room = bordered - extent;
+  const int64_t rounding = ceil_mode ? stride - 1 : 0;
+  const int64_t numerator = checked_add(op, room, rounding);
+  int64_t out = (numerator < 0 ? -1 : numerator / stride) + 1;
+  // The last window must start inside of the image or its left border.
+  if (ceil_mode && (out - 1) * stride >= size + padding) --out;
+  TORCH_CHECK(out >= 1, op, ": the window does not fit: input ", axis, " ", size,
+              " with padding ", padding, " is smaller than kernel_size ", kernel, " with dilation ",
+              dilation);
+  return out;
+}
+
+// Whether some window along this axis lies in the border alone, which dilation
+// makes possible.
+bool has_empty_window(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
+                      int64_t dilation) {
+  if (dilation == 1) return false;
+  for (int64_t i = 0; i < out; ++i) {
+    const int64_t start = i * stride - padding;
+    const int64_t first = start < 0 ? start + ceil_div(-start, dilation) * dilation : start;
+    if (first >= size || first > start + (kernel - 1) * dilation) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Pair expand_pair(const char* op, const char* name, at::IntArrayRef values) {
+  TORCH_CHECK(values.size() == 1 || values.size() == 2, op, ": ", name,
+              " must be one integer or two, but got ", values.size(), " values");
+  return {values[0], values[values.size() - 1]};
+}
+
+ConvArguments conv_arguments(const char* op, at::IntArrayRef stride, at::IntArrayRef padding,
+                             at::IntArrayRef dilation, int64_t groups) {
+  const ConvArguments arguments = {expand_pair(op, "stride", stride),
+                                   expand_pair(op, "padding", padding),
+                                   expand_pair(op, "dilation", dilation), groups};
+  check_pair(op, "stride", arguments.stride, 1);
+  check_pair(op, "padding", arguments.padding, 0);
+  check_pair(op, "dilation", arguments.dilation, 1);
+  TORCH_CHECK(groups > 0, op, ": groups must be positive, but got groups=", groups);
+  return arguments;
+}
+
+PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  PoolArguments arguments;
+  arguments.kernel_size = expand_pair(op, "kernel_size", kernel_size);
+  arguments.stride = stride.empty() ? arguments.kernel_size : expand_pair(op, "stride", stride);
+  arguments.padding = expand_pair(op, "padding", padding);
+  arguments.dilation = expand_pair(op, "dilation", dilation);
+  arguments.ceil_mode = ceil_mode;
+  check_pair(op, "kernel_size", arguments.kernel_size, 1);
+  check_pair(op, "stride", arguments.stride, 1);
+  check_pair(op, "padding", arguments.padding, 0);
+  check_pair(op, "dilation", arguments.dilation, 1);
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t extent =
+        kernel_extent(op, arguments.kernel_size[axis], arguments.dilation[axis]);
+    TORCH_CHECK(arguments.padding[axis] <= extent / 2, op,
+                ": padding must be at most half of the kernel's extent, but got padding=",
+                arguments.padding[axis], " for kernel_size=", arguments.kernel_size[axis],
+                " and dilation=", arguments.dilation[axis]);
+  }
+  return arguments;
+}
+
+std::string not_native(const at::Tensor& tensor) {
+  if (!tensor.device().is_cpu()) return "device " + tensor.device().str();
+  if (tensor.layout() != at::kStrided) return "layout is not strided";
+  if (tensor.is_conj() || tensor.is_neg()) return "conjugated or negated view";
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf:
+      return "";
+    default:
+      return std::string("dtype ") + c10::toString(tensor.scalar_type());
+  }
+}
+
+std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
+  const std::string reason = not_native(input);
+  if (!reason.empty() || input.dim() < 3) return reason;
+  for (int axis = 0; axis < 2; ++axis) {
+    if (pool.dilation[axis] == 1) continue;
+    const int64_t size = input.size(input.dim() - 2 + axis);
+    const int64_t out = pool_output_size("max_pool2d", axis == 0 ? "height" : "width", size,
+                                         pool.kernel_size[axis], pool.stride[axis],
+                                         pool.padding[axis], pool.dilation[axis], pool.ceil_mode);
+    if (has_empty_window(size, out, pool.kernel_size[axis], pool.stride[axis], pool.padding[axis],
+                         pool.dilation[axis])) {
+      return "a dilated window lies in the padding alone";
+    }
+  }
+  return "";
+}
+
+Layout conv_layout(const at::Tensor& input, const at::Tensor& weight) {
+  // As torch: channels_last if either asks for it, but never in float64.
+  if (input.scalar_type() == at::kDouble) return Layout::nchw;
+  const bool channels_last =
+      input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+      (weight.dim() == 4 && weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+  return channels_last ? Layout::nhwc : Layout::nchw;
+}
+
+Layout pool_layout(const at::Tensor& input) {
+  return input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ? Layout::nhwc
+                                                                         : Layout::nchw;
+}
+
+at::MemoryFormat memory_format(Layout layout) {
+  return layout == Layout::nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    default:
+      return DType::float32;
+  }
+}
+
+void check_input_dimensions(const char* op, const at::Tensor& input) {
+  TORCH_CHECK(input.dim() == 3 || input.dim() == 4, op,
+              ": input must be 3-D (C, H, W) or 4-D (N, C, H, W), but got input of size ",
+              input.sizes());
+}
+
+Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const ConvArguments& arguments) {
+  TORCH_CHECK(weight.dim() == 4, op,
+              ": weight must be 4-D (out_channels, in_channels / groups, height, width), but got "
+              "weight of size ",
+              weight.sizes());
+  TORCH_CHECK(weight.scalar_type() == input.scalar_type(), op,
+              ": input and weight must have the same dtype, but got input of ",
+              input.scalar_type(), " and weight of ", weight.scalar_type());
+  TORCH_CHECK(weight.device() == input.device(), op,
+              ": input and weight must be on the same device, but got input on ", input.device(),
+              " and weight on ", weight.device());
+  const int64_t groups = arguments.groups;
+  TORCH_CHECK(weight.size(0) > 0, op, ": weight must have output channels, but got weight of size ",
+              weight.sizes());
+  TORCH_CHECK(weight.size(0) % groups == 0, op, ": weight's output channels (", weight.size(0),
+              ") must be divisible by groups=", groups);
+  TORCH_CHECK(input.size(1) == checked_multiply(op, weight.size(1), groups), op,
+              ": input of size ", input.sizes(), " must have ", weight.size(1) * groups,
+              " channels for weight of size ", weight.sizes(), " and groups=", groups,
+              ", but has ", input.size(1));
+  if (bias.has_value() && bias->defined()) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), op,
+                ": bias must be 1-D with ", weight.size(0), " elements, but got bias of size ",
+                bias->sizes());
+    TORCH_CHECK(bias->scalar_type() == input.scalar_type(), op,
+                ": input and bias must have the same dtype, but got input of ",
+                input.scalar_type(), " and bias of ", bias->scalar_type());
+    TORCH_CHECK(bias->device() == input.device(), op,
+                ": input and bias must be on the same device, but got input on ", input.device(),
+                " and bias on ", bias->device());
+  }
+
+  Conv2dProblem problem;
+  problem.batch = input.size(0);
+  problem.in_channels = input.size(1);
+  problem.out_channels = weight.size(0);
+  problem.groups = groups;
+  problem.in_height = input.size(2);
+  problem.in_width = input.size(3);
+  problem.kernel_height = weight.size(2);
+  problem.kernel_width = weight.size(3);
+  problem.stride_h = arguments.stride[0];
+  problem.stride_w = arguments.stride[1];
+  problem.pad_top = arguments.padding[0];
+  problem.pad_left = arguments.padding[1];
+  problem.dilation_h = arguments.dilation[0];
+  problem.dilation_w = arguments.dilation[1];
+  problem.dtype = dtype_of(input);
+  problem.layout = conv_layout(input, weight);
+  set_weight_strides(problem, weight);
+  int64_t out[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t size = input.size(2 + axis);
+    const int64_t kernel = weight.size(2 + axis);
+    TORCH_CHECK(kernel > 0, op, ": weight must have a kernel, but got weight of size ",
+                weight.sizes());
+    const int64_t bordered =
+        checked_add(op, size, checked_multiply(op, 2, arguments.padding[axis]));
+    const int64_t extent = kernel_extent(op, kernel, arguments.dilation[axis]);
+    TORCH_CHECK(extent <= bordered, op, ": the kernel does not fit: ",
+                axis == 0 ? "height " : "width ", extent, " (weight of size ", weight.sizes(),
+                ", dilation=", arguments.dilation[axis], ") is larger than the padded input's ",
+                bordered, " (input of size ", input.sizes(),
+                ", padding=", arguments.padding[axis], ")");
+    out[axis] = (bordered - extent) / arguments.stride[axis] + 1;
+  }
+  problem.out_height = out[0];
+  problem.out_width = out[1];
+  checked_multiply(
+      op, checked_multiply(op, problem.batch, problem.out_channels),
+      checked_multiply(op, checked_multiply(op, problem.out_height, problem.out_width), 8));
+  return problem;
+}
+
+MaxPool2dProblem pool_problem(const char* op, at::IntArrayRef input_size, DType dtype,
+                              Layout layout, const PoolArguments& arguments) {
+  TORCH_CHECK(input_size[1] > 0 && input_size[2] > 0 && input_size[3] > 0, op,
+              ": only the batch of input may be empty, but got input of size ", input_size);
+  MaxPool2dProblem problem;
+  problem.batch = input_size[0];
+  problem.channels = input_size[1];
+  problem.in_height = input_size[2];
+  problem.in_width = input_size[3];
+  problem.kernel_height = arguments.kernel_size[0];
+  problem.kernel_width = arguments.kernel_size[1];
+  problem.stride_h = arguments.stride[0];
+  problem.stride_w = arguments.stride[1];
+  problem.pad_top = arguments.padding[0];
+  problem.pad_left = arguments.padding[1];
+  problem.dilation_h = arguments.dilation[0];
+  problem.dilation_w = arguments.dilation[1];
+  problem.dtype = dtype;
+  problem.layout = layout;
+  problem.out_height = pool_output_size(op, "height", problem.in_height, problem.kernel_height,
+                                        problem.stride_h, problem.pad_top, problem.dilation_h,
+                                        arguments.ceil_mode);
+  problem.out_width = pool_output_size(op, "width", problem.in_width, problem.kernel_width,
+                                       problem.stride_w, problem.pad_left, problem.dilation_w,
+                                       arguments.ceil_mode);
+  return problem;
+}
+
+void set_weight_strides(Conv2dProblem& problem, const at::Tensor& weight) {
+  problem.weight_stride_k = weight.stride(0);
+  problem.weight_stride_c = weight.stride(1);
+  problem.weight_stride_r = weight.stride(2);
+  problem.weight_stride_s = weight.stride(3);
+}
+
+ThreadPool torch_thread_pool() {
+  const auto run = [](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
+                      void* context) {
+    at::parallel_for(0, n, grain,
+                     [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return {run, at::in_parallel_region() ? 1 : at::get_num_threads()};
+}
+
+KernelCalls& kernel_calls() {
+  static KernelCalls calls;
+  return calls;
+}
+
+}  // namespace cnnkernels

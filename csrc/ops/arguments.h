@@ -1,0 +1,120 @@
+// From tensors to problems: argument checks, memory formats, and the decision
+// whether the native kernels cover a call.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "kernels/conv2d_relu_max_pool2d.h"
+
+namespace cnnkernels {
+
+using Pair = std::array<int64_t, 2>;
+
+// One integer for both axes, or one each, vertical first.
+Pair expand_pair(const char* op, const char* name, at::IntArrayRef values);
+
+struct ConvArguments {
+  Pair stride, padding, dilation;
+  int64_t groups;
+};
+
+struct PoolArguments {
+  Pair kernel_size, stride, padding, dilation;
+  bool ceil_mode;
+};
+
+ConvArguments conv_arguments(const char* op, at::IntArrayRef stride, at::IntArrayRef padding,
+                             at::IntArrayRef dilation, int64_t groups);
+
+// An empty stride means the kernel size.
+PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode);
+
+// Why the native kernels do not take a tensor; empty if they do.
+std::string not_native(const at::Tensor& tensor);
+
+// The same for a pooling of this input, whose windows must each hold an element.
+std::string not_native(const at::Tensor& input, const PoolArguments& pool);
+
+// The same for a convolution.
+std::string conv2d_not_native(const at::Tensor& input, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias);
+
+// A convolution's input and symmetric padding for padding="same" or "valid".
+struct PaddedInput {
+  at::Tensor input;
+  Pair padding;
+};
+PaddedInput pad_input(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                      at::IntArrayRef stride, std::string_view padding, at::IntArrayRef dilation);
+
+// Raises torch's class of error for an input (4-D, batched) and weight that do
+// not fit, naming the argument and its value.
+Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const ConvArguments& arguments);
+
+MaxPool2dProblem pool_problem(const char* op, at::IntArrayRef input_size, DType dtype,
+                              Layout layout, const PoolArguments& arguments);
+
+struct BlockArguments {
+  ConvArguments conv;
+  PoolArguments pool;
+};
+
+BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, int64_t groups,
+                               at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                               at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                               bool pool_ceil_mode);
+
+// The three torch calls, for what the kernels do not cover.
+at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias, const BlockArguments& arguments);
+
+// The fused block: the convolution's reasons, and pooling windows that might
+// lie in the padding alone.
+std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, const PoolArguments& pool);
+
+Conv2dReluMaxPool2dProblem block_problem(const char* op, const at::Tensor& images,
+                                         const at::Tensor& weight,
+                                         const std::optional<at::Tensor>& bias,
+                                         const BlockArguments& arguments);
+
+// Raises unless `argmax` is one that a pooling with this problem and output gives.
+void check_argmax(const char* op, const at::Tensor& argmax, const at::Tensor& output,
+                  const MaxPool2dProblem& problem);
+
+// The layout in which torch computes, and returns, a convolution or a pooling.
+Layout conv_layout(const at::Tensor& input, const at::Tensor& weight);
+Layout pool_layout(const at::Tensor& input);
+at::MemoryFormat memory_format(Layout layout);
+
+DType dtype_of(const at::Tensor& tensor);
+
+// Writes the tensor's strides into the problem.
+void set_weight_strides(Conv2dProblem& problem, const at::Tensor& weight);
+
+// Raises unless the dimensions are 3 or 4.
+void check_input_dimensions(const char* op, const at::Tensor& input);
+
+ThreadPool torch_thread_pool();
+
+// How often each native kernel ran; tests ask, so that no promise of a native
+// path goes unproved.
+struct KernelCalls {
+  std::atomic<int64_t> conv2d{0}, conv2d_backward{0}, max_pool2d{0}, max_pool2d_backward{0},
+      max_pool2d_gather{0}, conv2d_relu_max_pool2d{0}, conv2d_relu_max_pool2d_backward{0},
+      gd_step{0}, sgd_step{0};
+};
+KernelCalls& kernel_calls();
+
+inline void count(std::atomic<int64_t>& calls) { calls.fetch_add(1, std::memory_order_relaxed); }
+
+}  // namespace cnnkernels

@@ -1,0 +1,282 @@
+// The fused block as one operator, and its backward through the winners. Its
+// derivatives: autograd.cpp.
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/relu.h>
+#include <torch/library.h>
+
+#include "ops/arguments.h"
+#include "ops/autocast.h"
+#include "ops/dispatch.h"
+#include "ops/operators.h"
+
+namespace cnnkernels {
+namespace ops {
+
+at::Tensor conv2d_relu_max_pool2d(const at::Tensor& input, const at::Tensor& weight,
+                                  const OptionalTensor& bias, at::IntArrayRef stride,
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                  at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                                  at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                                  bool pool_ceil_mode) {
+  static const auto op =
+      typed_operator<decltype(conv2d_relu_max_pool2d)>("cnnkernels::conv2d_relu_max_pool2d");
+  return op.call(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
+                 pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
+}
+
+at::Tensor conv2d_relu_max_pool2d_padding(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    at::IntArrayRef stride, std::string_view padding, at::IntArrayRef dilation, int64_t groups,
+    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+    at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
+  static const auto op = typed_operator<decltype(conv2d_relu_max_pool2d_padding)>(
+      "cnnkernels::conv2d_relu_max_pool2d", "padding");
+  return op.call(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
+                 pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
+}
+
+TensorPair conv2d_relu_max_pool2d_argmax(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+    at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
+  static const auto op = typed_operator<decltype(conv2d_relu_max_pool2d_argmax)>(
+      "cnnkernels::conv2d_relu_max_pool2d_argmax");
+  return op.call(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
+                 pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
+}
+
+TensorTriple conv2d_relu_max_pool2d_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& output, const at::Tensor& argmax, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+    at::IntArrayRef pool_dilation, bool pool_ceil_mode, std::array<bool, 3> output_mask) {
+  static const auto op = typed_operator<decltype(conv2d_relu_max_pool2d_backward)>(
+      "cnnkernels::conv2d_relu_max_pool2d_backward");
+  return op.call(grad_output, input, weight, output, argmax, stride, padding, dilation, groups,
+                 pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode,
+                 output_mask);
+}
+
+}  // namespace ops
+
+BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, int64_t groups,
+                               at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                               at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                               bool pool_ceil_mode) {
+  return {conv_arguments(op, stride, padding, dilation, groups),
+          pool_arguments(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation,
+                         pool_ceil_mode)};
+}
+
+// The three torch calls, for what the kernels do not cover.
+at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias, const BlockArguments& arguments) {
+  const at::Tensor convolved =
+      at::conv2d(input, weight, bias, arguments.conv.stride, arguments.conv.padding,
+                 arguments.conv.dilation, arguments.conv.groups);
+  return at::max_pool2d(at::relu(convolved), arguments.pool.kernel_size, arguments.pool.stride,
+                        arguments.pool.padding, arguments.pool.dilation, arguments.pool.ceil_mode);
+}
+
+// A dilated pooling window may lie in the padding alone; ATen takes those.
+std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, const PoolArguments& pool) {
+  const std::string reason = conv2d_not_native(input, weight, bias);
+  if (!reason.empty()) return reason;
+  if ((pool.dilation[0] > 1 || pool.dilation[1] > 1) && (pool.padding[0] > 0 || pool.padding[1] > 0)) {
+    return "a dilated pooling window with padding";
+  }
+  if (pool.ceil_mode && (pool.dilation[0] > 1 || pool.dilation[1] > 1)) {
+    return "a dilated pooling window with ceil_mode";
+  }
+  return "";
+}
+
+Conv2dReluMaxPool2dProblem block_problem(const char* op, const at::Tensor& images,
+                                         const at::Tensor& weight,
+                                         const std::optional<at::Tensor>& bias,
+                                         const BlockArguments& arguments) {
+  Conv2dReluMaxPool2dProblem problem;
+  problem.conv = conv_problem(op, images, weight, bias, arguments.conv);
+  const std::array<int64_t, 4> conv_size = {problem.conv.batch, problem.conv.out_channels,
+                                            problem.conv.out_height, problem.conv.out_width};
+  problem.pool =
+      pool_problem(op, conv_size, problem.conv.dtype, problem.conv.layout, arguments.pool);
+  return problem;
+}
+
+namespace {
+
+constexpr const char* kOp = "conv2d_relu_max_pool2d";
+
+at::Tensor batched(const at::Tensor& tensor, int64_t dimensions) {
+  return tensor.defined() && dimensions == 3 ? tensor.unsqueeze(0) : tensor;
+}
+
+at::Tensor unbatched(const at::Tensor& tensor, int64_t dimensions) {
+  return tensor.defined() && dimensions == 3 ? tensor.squeeze(0) : tensor;
+}
+
+std::array<int64_t, 4> output_size(const MaxPool2dProblem& pool) {
+  return {pool.batch, pool.channels, pool.out_height, pool.out_width};
+}
+
+ops::TensorPair run(const at::Tensor& input, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias, const BlockArguments& arguments,
+                    bool with_argmax) {
+  check_input_dimensions(kOp, input);
+  const at::Tensor images = batched(input, input.dim());
+  const Conv2dReluMaxPool2dProblem problem = block_problem(kOp, images, weight, bias, arguments);
+  const at::MemoryFormat format = memory_format(problem.conv.layout);
+  const at::Tensor source = images.contiguous(format);
+  const at::Tensor bias_values = has_value(bias) ? bias->contiguous() : at::Tensor();
+  const at::Tensor output = at::empty(output_size(problem.pool), input.options(), format);
+  at::Tensor argmax;
+  if (with_argmax) {
+    argmax = at::empty(output_size(problem.pool),
+                       input.options().dtype(problem.pool.compact_argmax() ? at::kByte : at::kInt),
+                       format);
+  }
+  if (problem.conv.batch > 0) {
+    count(kernel_calls().conv2d_relu_max_pool2d);
+    conv2d_relu_max_pool2d_forward(
+        problem, active_isa(), torch_thread_pool(), source.const_data_ptr(),
+        weight.const_data_ptr(), bias_values.defined() ? bias_values.const_data_ptr() : nullptr,
+        output.mutable_data_ptr(), with_argmax ? argmax.mutable_data_ptr() : nullptr);
+  }
+  return {unbatched(output, input.dim()), unbatched(argmax, input.dim())};
+}
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                   at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                   at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                   bool pool_ceil_mode) {
+  const BlockArguments arguments =
+      block_arguments(kOp, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
+                      pool_padding, pool_dilation, pool_ceil_mode);
+  if (!block_not_native(input, weight, bias, arguments.pool).empty()) {
+    return composed_block(input, weight, bias, arguments);
+  }
+  return std::get<0>(run(input, weight, bias, arguments, false));
+}
+
+ops::TensorPair forward_argmax(const at::Tensor& input, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                               at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                               at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                               bool pool_ceil_mode) {
+  const char* const op = "conv2d_relu_max_pool2d_argmax";
+  const BlockArguments arguments =
+      block_arguments(op, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
+                      pool_padding, pool_dilation, pool_ceil_mode);
+  const std::string reason = block_not_native(input, weight, bias, arguments.pool);
+  TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
+  return run(input, weight, bias, arguments, true);
+}
+
+ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& input,
+                           const at::Tensor& weight, const at::Tensor& output,
+                           const at::Tensor& argmax, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                           at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                           at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                           bool pool_ceil_mode, std::array<bool, 3> output_mask) {
+  const char* const op = "conv2d_relu_max_pool2d_backward";
+  const BlockArguments arguments =
+      block_arguments(op, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
+                      pool_padding, pool_dilation, pool_ceil_mode);
+  const std::string reason = block_not_native(input, weight, grad_output, arguments.pool);
+  TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
+  check_input_dimensions(op, input);
+  const int64_t dimensions = input.dim();
+  const at::Tensor images = batched(input, dimensions);
+  Conv2dReluMaxPool2dProblem problem =
+      block_problem(op, images, weight, std::nullopt, arguments);
+  const std::array<int64_t, 4> size = output_size(problem.pool);
+  const at::Tensor gradient = batched(grad_output, dimensions);
+  const at::Tensor pooled = batched(output, dimensions);
+  const at::Tensor winners = batched(argmax, dimensions);
+  TORCH_CHECK(gradient.sizes() == at::IntArrayRef(size) && pooled.sizes() == at::IntArrayRef(size),
+              op, ": grad_output and output must have size ", at::IntArrayRef(size),
+              ", but got grad_output of size ", gradient.sizes(), " and output of size ",
+              pooled.sizes());
+  TORCH_CHECK(gradient.scalar_type() == input.scalar_type() &&
+                  pooled.scalar_type() == input.scalar_type() && pooled.device().is_cpu(),
+              op, ": grad_output and output must have input's dtype ", input.scalar_type(),
+              ", but got ", gradient.scalar_type(), " and ", pooled.scalar_type());
+  check_argmax(op, winners, pooled, problem.pool);
+
+  const at::MemoryFormat format = memory_format(problem.conv.layout);
+  const at::MemoryFormat weight_format = weight.suggest_memory_format();
+  const at::Tensor weight_values = weight.contiguous(weight_format);
+  at::Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) grad_input = at::empty(images.sizes(), input.options(), format);
+  if (output_mask[1]) grad_weight = at::empty(weight.sizes(), weight.options(), weight_format);
+  if (output_mask[2]) grad_bias = at::empty({problem.conv.out_channels}, weight.options());
+  if (problem.conv.batch == 0) {
+    if (output_mask[1]) grad_weight.zero_();
+    if (output_mask[2]) grad_bias.zero_();
+    return {unbatched(grad_input, dimensions), grad_weight, grad_bias};
+  }
+  set_weight_strides(problem.conv, grad_weight.defined() ? grad_weight : weight_values);
+  const at::Tensor source = images.contiguous(format);
+  const at::Tensor gradient_values = gradient.contiguous(format);
+  const at::Tensor output_values = pooled.contiguous(format);
+  const at::Tensor argmax_values = winners.contiguous(format);
+  const auto data = [](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+  };
+  count(kernel_calls().conv2d_relu_max_pool2d_backward);
+  conv2d_relu_max_pool2d_backward(
+      problem, active_isa(), torch_thread_pool(), gradient_values.const_data_ptr(),
+      source.const_data_ptr(), weight_values.const_data_ptr(), output_values.const_data_ptr(),
+      argmax_values.const_data_ptr(), data(grad_input), data(grad_weight), data(grad_bias));
+  return {unbatched(grad_input, dimensions), grad_weight, grad_bias};
+}
+
+at::Tensor same_or_valid(const at::Tensor& input, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                         std::string_view padding, at::IntArrayRef dilation, int64_t groups,
+                         at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                         at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                         bool pool_ceil_mode) {
+  const PaddedInput padded = pad_input(kOp, input, weight, stride, padding, dilation);
+  return ops::conv2d_relu_max_pool2d(padded.input, weight, bias, stride, padded.padding, dilation,
+                                     groups, pool_kernel_size, pool_stride, pool_padding,
+                                     pool_dilation, pool_ceil_mode);
+}
+
+at::Tensor autocast(const at::Tensor& input, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                    at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                    bool pool_ceil_mode) {
+  const AutocastToLower lower(input.device().type());
+  return ops::conv2d_relu_max_pool2d(lower(input), lower(weight), lower(bias), stride, padding,
+                                     dilation, groups, pool_kernel_size, pool_stride, pool_padding,
+                                     pool_dilation, pool_ceil_mode);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cnnkernels, CompositeExplicitAutograd, m) {
+  m.impl("conv2d_relu_max_pool2d", forward);
+  m.impl("conv2d_relu_max_pool2d_argmax", forward_argmax);
+  m.impl("conv2d_relu_max_pool2d_backward", backward);
+}
+TORCH_LIBRARY_IMPL(cnnkernels, CompositeImplicitAutograd, m) {
+  m.impl("conv2d_relu_max_pool2d.padding", same_or_valid);
+}
+TORCH_LIBRARY_IMPL(cnnkernels, AutocastCPU, m) { m.impl("conv2d_relu_max_pool2d", autocast); }
+TORCH_LIBRARY_IMPL(cnnkernels, AutocastCUDA, m) { m.impl("conv2d_relu_max_pool2d", autocast); }
+
+}  // namespace cnnkernels

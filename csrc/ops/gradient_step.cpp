@@ -1,0 +1,172 @@
+// gd_step_ and sgd_step_: whole parameter lists in one call.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "kernels/gradient_step.h"
+#include "ops/arguments.h"
+#include "ops/dispatch.h"
+#include "ops/operators.h"
+
+namespace cnnkernels {
+namespace ops {
+
+void gd_step_(at::TensorList params, at::TensorList grads, double lr) {
+  static const auto op = typed_operator<decltype(gd_step_)>("cnnkernels::gd_step_");
+  op.call(params, grads, lr);
+}
+
+void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+               double weight_decay, double momentum, double lr, double dampening, bool nesterov,
+               bool maximize, bool is_first_step, const OptionalTensor& grad_scale,
+               const OptionalTensor& found_inf) {
+  static const auto op = typed_operator<decltype(sgd_step_)>("cnnkernels::sgd_step_");
+  op.call(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
+          maximize, is_first_step, grad_scale, found_inf);
+}
+
+}  // namespace ops
+
+namespace {
+
+// Whether two tensors enumerate their elements in the same order of memory.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  return a.is_non_overlapping_and_dense() && a.strides() == b.strides();
+}
+
+void check_list(const char* op, const char* name, at::TensorList list, at::TensorList params) {
+  TORCH_CHECK(list.size() == params.size(), op, ": ", name, " must have as many tensors as params, ",
+              params.size(), ", but has ", list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    TORCH_CHECK(list[i].sizes() == params[i].sizes(), op, ": ", name, "[", i,
+                "] must have the size of params[", i, "], ", params[i].sizes(), ", but has ",
+                list[i].sizes());
+    TORCH_CHECK(list[i].device() == params[i].device(), op, ": ", name, "[", i,
+                "] must be on the device of params[", i, "], ", params[i].device(),
+                ", but is on ", list[i].device());
+  }
+}
+
+// As torch's in-place operations on leaves.
+void check_mutable(const char* op, at::TensorList params) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK(!(at::GradMode::is_enabled() && params[i].requires_grad()), op, ": params[", i,
+                "] requires grad: a step changes it in place, so call it under torch.no_grad()");
+  }
+}
+
+// One parameter in torch's own operations, for what the kernel does not cover.
+void composed_step(at::Tensor param, at::Tensor grad, const at::Tensor& buffer,
+                   const StepOptions& options) {
+  if (options.unscale) grad.div_(options.grad_scale);
+  at::Tensor direction = options.maximize ? grad.neg() : grad;
+  if (options.weight_decay != 0) direction = direction.add(param, options.weight_decay);
+  if (options.momentum != 0) {
+    at::Tensor momentum_buffer = buffer;
+    if (options.first_step) {
+      momentum_buffer.copy_(direction);
+    } else {
+      momentum_buffer.mul_(options.momentum).add_(direction, 1 - options.dampening);
+    }
+    direction = options.nesterov ? direction.add(momentum_buffer, options.momentum)
+                                 : momentum_buffer;
+  }
+  param.add_(direction, -options.lr);
+}
+
+void step(const char* op, at::TensorList params, at::TensorList grads,
+          at::TensorList momentum_buffers, const StepOptions& options,
+          std::atomic<int64_t>& calls) {
+  check_list(op, "grads", grads, params);
+  if (options.momentum != 0) check_list(op, "momentum_buffers", momentum_buffers, params);
+  constexpr int kDTypes = 4;
+  std::vector<StepTensor> lists[kDTypes];
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor& param = params[i];
+    const at::Tensor& grad = grads[i];
+    const at::Tensor buffer = options.momentum != 0 ? momentum_buffers[i] : at::Tensor();
+    const bool native =
+        not_native(param).empty() && not_native(grad).empty() &&
+        grad.scalar_type() == param.scalar_type() && same_order(param, grad) &&
+        (!buffer.defined() || (not_native(buffer).empty() &&
+                               buffer.scalar_type() == param.scalar_type() &&
+                               same_order(param, buffer)));
+    if (!native) {
+      composed_step(param, grad, buffer, options);
+      continue;
+    }
+    if (param.numel() == 0) continue;
+    lists[static_cast<int>(dtype_of(param))].push_back(
+        {param.mutable_data_ptr(),
+         options.unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()),
+         buffer.defined() ? buffer.mutable_data_ptr() : nullptr, param.numel()});
+    // A raw pointer leaves no trace for autograd: without this a saved
+    // parameter would give wrong gradients in silence.
+    const auto bump = [](const at::Tensor& tensor) {
+      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    };
+    bump(param);
+    if (buffer.defined()) bump(buffer);
+    if (options.unscale) bump(grad);
+  }
+  for (int dtype = 0; dtype < kDTypes; ++dtype) {
+    if (lists[dtype].empty()) continue;
+    count(calls);
+    gradient_step(static_cast<DType>(dtype), active_isa(), torch_thread_pool(), lists[dtype],
+                  options);
+  }
+}
+
+void gd_step(at::TensorList params, at::TensorList grads, double lr) {
+  StepOptions options;
+  options.lr = lr;
+  step("gd_step_", params, grads, {}, options, kernel_calls().gd_step);
+}
+
+void sgd_step(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+              double weight_decay, double momentum, double lr, double dampening, bool nesterov,
+              bool maximize, bool is_first_step, const std::optional<at::Tensor>& grad_scale,
+              const std::optional<at::Tensor>& found_inf) {
+  if (has_value(found_inf) && found_inf->item<double>() != 0) return;
+  StepOptions options;
+  options.lr = lr;
+  options.momentum = momentum;
+  options.dampening = dampening;
+  options.weight_decay = weight_decay;
+  options.nesterov = nesterov;
+  options.maximize = maximize;
+  options.first_step = is_first_step;
+  options.unscale = has_value(grad_scale);
+  if (options.unscale) options.grad_scale = grad_scale->item<double>();
+  step("sgd_step_", params, grads, momentum_buffers, options, kernel_calls().sgd_step);
+}
+
+void autograd_gd_step(at::TensorList params, at::TensorList grads, double lr) {
+  check_mutable("gd_step_", params);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  ops::gd_step_(params, grads, lr);
+}
+
+void autograd_sgd_step(at::TensorList params, at::TensorList grads,
+                       at::TensorList momentum_buffers, double weight_decay, double momentum,
+                       double lr, double dampening, bool nesterov, bool maximize,
+                       bool is_first_step, const std::optional<at::Tensor>& grad_scale,
+                       const std::optional<at::Tensor>& found_inf) {
+  check_mutable("sgd_step_", params);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  ops::sgd_step_(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
+                 maximize, is_first_step, grad_scale, found_inf);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cnnkernels, CompositeExplicitAutograd, m) {
+  m.impl("gd_step_", gd_step);
+  m.impl("sgd_step_", sgd_step);
+}
+TORCH_LIBRARY_IMPL(cnnkernels, Autograd, m) {
+  m.impl("gd_step_", autograd_gd_step);
+  m.impl("sgd_step_", autograd_sgd_step);
+}
+
+}  // namespace cnnkernels

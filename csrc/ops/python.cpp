@@ -1,0 +1,357 @@
+// The eager entry points of Python: parse arguments as torch does, then call
+// the dispatcher unboxed. torch.ops costs several times as much a call.
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "kernels/workspace.h"
+#include "ops/arguments.h"
+#include "ops/operators.h"
+
+namespace py = pybind11;
+
+namespace cnnkernels {
+namespace {
+
+[[noreturn]] void bad_type(const char* op, const char* name, const char* expected,
+                           py::handle value) {
+  throw py::type_error(std::string(op) + "(): argument '" + name + "' must be " + expected +
+                       ", not " + Py_TYPE(value.ptr())->tp_name);
+}
+
+const at::Tensor& tensor_argument(const char* op, const char* name, py::handle value) {
+  if (!THPVariable_Check(value.ptr())) bad_type(op, name, "Tensor", value);
+  return THPVariable_Unpack(value.ptr());
+}
+
+std::optional<at::Tensor> optional_tensor(const char* op, const char* name, py::handle value) {
+  if (value.is_none()) return std::nullopt;
+  return tensor_argument(op, name, value);
+}
+
+int64_t int_argument(const char* op, const char* name, py::handle value) {
+  if (!PyIndex_Check(value.ptr()) || PyBool_Check(value.ptr())) {
+    bad_type(op, name, "int or a tuple of ints", value);
+  }
+  const Py_ssize_t number = PyNumber_AsSsize_t(value.ptr(), PyExc_OverflowError);
+  if (number == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw std::runtime_error(std::string(op) + "(): argument '" + name + "' overflows 64 bits: " +
+                             std::string(py::str(value)));
+  }
+  return number;
+}
+
+// An int, or a sequence of one or two.
+class PairArgument {
+ public:
+  PairArgument(const char* op, const char* name, py::handle value) : size_(2) {
+    if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
+      const Py_ssize_t size = PySequence_Fast_GET_SIZE(value.ptr());
+      if (size < 1 || size > 2) {
+        throw std::runtime_error(std::string(op) + "(): argument '" + name +
+                                 "' must be one int or two, but got " +
+                                 std::string(py::repr(value)));
+      }
+      size_ = static_cast<size_t>(size);
+      for (size_t i = 0; i < size_; ++i) {
+        values_[i] = int_argument(op, name, PySequence_Fast_GET_ITEM(value.ptr(), i));
+      }
+    } else {
+      values_[0] = values_[1] = int_argument(op, name, value);
+    }
+  }
+  operator at::IntArrayRef() const { return {values_, size_}; }
+
+ private:
+  int64_t values_[2];
+  size_t size_;
+};
+
+// A stride that may be left out, which means the kernel size.
+class StrideArgument {
+ public:
+  StrideArgument(const char* op, const char* name, py::handle value) {
+    const bool absent =
+        value.is_none() ||
+        ((PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) && py::len(value) == 0);
+    if (!absent) pair_.emplace(op, name, value);
+  }
+  operator at::IntArrayRef() const {
+    return pair_.has_value() ? at::IntArrayRef(*pair_) : at::IntArrayRef();
+  }
+
+ private:
+  std::optional<PairArgument> pair_;
+};
+
+at::Tensor conv2d(py::handle input, py::handle weight, py::handle bias, py::handle stride,
+                  py::handle padding, py::handle dilation, py::handle groups) {
+  const char* const op = "conv2d";
+  const at::Tensor& x = tensor_argument(op, "input", input);
+  const at::Tensor& w = tensor_argument(op, "weight", weight);
+  const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
+  const PairArgument strides(op, "stride", stride);
+  const PairArgument dilations(op, "dilation", dilation);
+  const int64_t group_count = int_argument(op, "groups", groups);
+  if (PyUnicode_Check(padding.ptr())) {
+    const std::string mode = py::cast<std::string>(padding);
+    const py::gil_scoped_release no_gil;
+    return ops::conv2d_padding(x, w, b, strides, mode, dilations, group_count);
+  }
+  const PairArgument paddings(op, "padding", padding);
+  const py::gil_scoped_release no_gil;
+  return ops::conv2d(x, w, b, strides, paddings, dilations, group_count);
+}
+
+struct PoolPython {
+  PairArgument kernel_size;
+  StrideArgument stride;
+  PairArgument padding, dilation;
+
+  PoolPython(const char* op, py::handle kernel_size, py::handle stride, py::handle padding,
+             py::handle dilation, const std::string& prefix = "")
+      : kernel_size(op, (prefix + "kernel_size").c_str(), kernel_size),
+        stride(op, (prefix + "stride").c_str(), stride),
+        padding(op, (prefix + "padding").c_str(), padding),
+        dilation(op, (prefix + "dilation").c_str(), dilation) {}
+};
+
+at::Tensor max_pool2d(py::handle input, py::handle kernel_size, py::handle stride,
+                      py::handle padding, py::handle dilation, bool ceil_mode) {
+  const at::Tensor& x = tensor_argument("max_pool2d", "input", input);
+  const PoolPython pool("max_pool2d", kernel_size, stride, padding, dilation);
+  const py::gil_scoped_release no_gil;
+  return ops::max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode);
+}
+
+ops::TensorPair max_pool2d_with_indices(py::handle input, py::handle kernel_size,
+                                        py::handle stride, py::handle padding,
+                                        py::handle dilation, bool ceil_mode) {
+  const at::Tensor& x = tensor_argument("max_pool2d", "input", input);
+  const PoolPython pool("max_pool2d", kernel_size, stride, padding, dilation);
+  const py::gil_scoped_release no_gil;
+  return ops::max_pool2d_with_indices(x, pool.kernel_size, pool.stride, pool.padding,
+                                      pool.dilation, ceil_mode);
+}
+
+at::Tensor conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handle bias,
+                                  py::handle stride, py::handle padding, py::handle dilation,
+                                  py::handle groups, py::handle pool_kernel_size,
+                                  py::handle pool_stride, py::handle pool_padding,
+                                  py::handle pool_dilation, bool pool_ceil_mode) {
+  const char* const op = "conv2d_relu_max_pool2d";
+  const at::Tensor& x = tensor_argument(op, "input", input);
+  const at::Tensor& w = tensor_argument(op, "weight", weight);
+  const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
+  const PairArgument strides(op, "stride", stride);
+  const PairArgument dilations(op, "dilation", dilation);
+  const int64_t group_count = int_argument(op, "groups", groups);
+  const PoolPython pool(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_");
+  if (PyUnicode_Check(padding.ptr())) {
+    const std::string mode = py::cast<std::string>(padding);
+    const py::gil_scoped_release no_gil;
+    return ops::conv2d_relu_max_pool2d_padding(x, w, b, strides, mode, dilations, group_count,
+                                               pool.kernel_size, pool.stride, pool.padding,
+                                               pool.dilation, pool_ceil_mode);
+  }
+  const PairArgument paddings(op, "padding", padding);
+  const py::gil_scoped_release no_gil;
+  return ops::conv2d_relu_max_pool2d(x, w, b, strides, paddings, dilations, group_count,
+                                     pool.kernel_size, pool.stride, pool.padding, pool.dilation,
+                                     pool_ceil_mode);
+}
+
+std::vector<at::Tensor> tensor_list(const char* op, const char* name, py::handle value) {
+  if (!PyTuple_Check(value.ptr()) && !PyList_Check(value.ptr())) {
+    bad_type(op, name, "a list of Tensors", value);
+  }
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(value.ptr());
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(static_cast<size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    tensors.push_back(tensor_argument(op, name, PySequence_Fast_GET_ITEM(value.ptr(), i)));
+  }
+  return tensors;
+}
+
+void gd_step_(py::handle params, py::handle grads, double lr) {
+  const std::vector<at::Tensor> p = tensor_list("gd_step_", "params", params);
+  const std::vector<at::Tensor> g = tensor_list("gd_step_", "grads", grads);
+  const py::gil_scoped_release no_gil;
+  ops::gd_step_(p, g, lr);
+}
+
+void sgd_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
+               double weight_decay, double momentum, double lr, double dampening, bool nesterov,
+               bool maximize, bool is_first_step, py::handle grad_scale, py::handle found_inf) {
+  const char* const op = "sgd_step_";
+  const std::vector<at::Tensor> p = tensor_list(op, "params", params);
+  const std::vector<at::Tensor> g = tensor_list(op, "grads", grads);
+  const std::vector<at::Tensor> m = tensor_list(op, "momentum_buffers", momentum_buffers);
+  const std::optional<at::Tensor> scale = optional_tensor(op, "grad_scale", grad_scale);
+  const std::optional<at::Tensor> inf = optional_tensor(op, "found_inf", found_inf);
+  const py::gil_scoped_release no_gil;
+  ops::sgd_step_(p, g, m, weight_decay, momentum, lr, dampening, nesterov, maximize, is_first_step,
+                 scale, inf);
+}
+
+py::dict config() {
+  py::list isas;
+  for (const Isa isa : supported_isas()) isas.append(isa_name(isa));
+  py::dict result;
+  result["isa"] = isa_name(active_isa());
+  result["isas"] = isas;
+  result["isa_note"] = active_isa_note();
+  result["threads"] = at::get_num_threads();
+  return result;
+}
+
+void set_isa(const std::string& name) {
+  for (const Isa isa : supported_isas()) {
+    if (name == isa_name(isa)) return set_active_isa(isa);
+  }
+  throw py::value_error("isa must be one that this machine supports (config()['isas']), but got '" +
+                        name + "'");
+}
+
+py::dict aten_plan(const std::string& reason) {
+  py::dict result;
+  result["algorithm"] = "aten";
+  result["reason"] = reason;
+  return result;
+}
+
+py::dict native_plan(const char* algorithm, Isa isa, int lanes, int threads) {
+  py::dict result;
+  result["algorithm"] = algorithm;
+  result["isa"] = isa_name(isa);
+  result["vector_lanes"] = lanes;
+  result["threads"] = threads;
+  return result;
+}
+
+ConvArguments parse_conv(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                         py::handle stride, py::handle padding, py::handle dilation,
+                         py::handle groups) {
+  const PairArgument strides(op, "stride", stride);
+  const PairArgument dilations(op, "dilation", dilation);
+  Pair paddings;
+  if (PyUnicode_Check(padding.ptr())) {
+    paddings = pad_input(op, input, weight, strides, py::cast<std::string>(padding), dilations)
+                   .padding;
+  } else {
+    paddings = expand_pair(op, "padding", PairArgument(op, "padding", padding));
+  }
+  return conv_arguments(op, strides, paddings, dilations, int_argument(op, "groups", groups));
+}
+
+at::Tensor batched(const char* op, const at::Tensor& input) {
+  check_input_dimensions(op, input);
+  return input.dim() == 3 ? input.unsqueeze(0) : input;
+}
+
+py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py::handle stride,
+                        py::handle padding, py::handle dilation, py::handle groups) {
+  const char* const op = "conv2d";
+  const at::Tensor& x = tensor_argument(op, "input", input);
+  const at::Tensor& w = tensor_argument(op, "weight", weight);
+  const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
+  const ConvArguments arguments = parse_conv(op, x, w, stride, padding, dilation, groups);
+  const std::string reason = conv2d_not_native(x, w, b);
+  if (!reason.empty()) return aten_plan(reason);
+  const Conv2dProblem problem = conv_problem(op, batched(op, x), w, b, arguments);
+  const Conv2dPlan plan = plan_conv2d(problem, active_isa(), torch_thread_pool().threads);
+  py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
+  result["images_per_chunk"] = plan.images_per_chunk;
+  result["rows_per_task"] = plan.rows_per_task;
+  result["channels_per_task"] = plan.channels_per_task;
+  result["in_place"] = plan.in_place;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["flops"] = 2 * problem.multiply_adds();
+  return result;
+}
+
+py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle stride,
+                            py::handle padding, py::handle dilation, bool ceil_mode) {
+  const char* const op = "max_pool2d";
+  const at::Tensor& x = tensor_argument(op, "input", input);
+  const PoolPython pool(op, kernel_size, stride, padding, dilation);
+  const PoolArguments arguments = pool_arguments(op, pool.kernel_size, pool.stride, pool.padding,
+                                                 pool.dilation, ceil_mode);
+  const std::string reason = not_native(x, arguments);
+  if (!reason.empty()) return aten_plan(reason);
+  const at::Tensor images = batched(op, x);
+  const Layout layout = pool_layout(images);
+  const MaxPool2dProblem problem =
+      pool_problem(op, images.sizes(), dtype_of(x), layout, arguments);
+  const MaxPool2dPlan plan =
+      plan_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
+  py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
+  result["argmax_bytes"] = problem.compact_argmax() ? 1 : 4;
+  return result;
+}
+
+py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handle bias,
+                                        py::handle stride, py::handle padding, py::handle dilation,
+                                        py::handle groups, py::handle pool_kernel_size,
+                                        py::handle pool_stride, py::handle pool_padding,
+                                        py::handle pool_dilation, bool pool_ceil_mode) {
+  const char* const op = "conv2d_relu_max_pool2d";
+  const at::Tensor& x = tensor_argument(op, "input", input);
+  const at::Tensor& w = tensor_argument(op, "weight", weight);
+  const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
+  const ConvArguments conv = parse_conv(op, x, w, stride, padding, dilation, groups);
+  const PoolPython pool(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_");
+  const PoolArguments window = pool_arguments(op, pool.kernel_size, pool.stride, pool.padding,
+                                              pool.dilation, pool_ceil_mode);
+  const std::string reason = block_not_native(x, w, b, window);
+  if (!reason.empty()) return aten_plan(reason);
+  const Conv2dReluMaxPool2dProblem problem =
+      block_problem(op, batched(op, x), w, b, {conv, window});
+  const Conv2dReluMaxPool2dPlan plan =
+      plan_conv2d_relu_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
+  py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
+  result["images_per_chunk"] = plan.images_per_chunk;
+  result["rows_per_task"] = plan.rows_per_task;
+  result["channels_per_task"] = plan.channels_per_task;
+  result["pool_in_registers"] = plan.pool_in_registers;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["flops"] = 2 * problem.conv.multiply_adds();
+  return result;
+}
+
+py::dict kernel_call_counts() {
+  const KernelCalls& calls = kernel_calls();
+  py::dict result;
+  result["conv2d"] = calls.conv2d.load();
+  result["conv2d_backward"] = calls.conv2d_backward.load();
+  result["max_pool2d"] = calls.max_pool2d.load();
+  result["max_pool2d_backward"] = calls.max_pool2d_backward.load();
+  result["max_pool2d_gather"] = calls.max_pool2d_gather.load();
+  result["conv2d_relu_max_pool2d"] = calls.conv2d_relu_max_pool2d.load();
+  result["conv2d_relu_max_pool2d_backward"] = calls.conv2d_relu_max_pool2d_backward.load();
+  result["gd_step_"] = calls.gd_step.load();
+  result["sgd_step_"] = calls.sgd_step.load();
+  return result;
+}
+
+}  // namespace
+}  // namespace cnnkernels
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("conv2d", &cnnkernels::conv2d);
+  m.def("max_pool2d", &cnnkernels::max_pool2d);
+  m.def("max_pool2d_with_indices", &cnnkernels::max_pool2d_with_indices);
+  m.def("conv2d_relu_max_pool2d", &cnnkernels::conv2d_relu_max_pool2d);
+  m.def("gd_step_", &cnnkernels::gd_step_);
+  m.def("sgd_step_", &cnnkernels::sgd_step_);
+  m.def("config", &cnnkernels::config);
+  m.def("explain_conv2d", &cnnkernels::explain_conv2d);
+  m.def("explain_max_pool2d", &cnnkernels::explain_max_pool2d);
+  m.def("explain_conv2d_relu_max_pool2d", &cnnkernels::explain_conv2d_relu_max_pool2d);
+  m.def("kernel_calls", &cnnkernels::kernel_call_counts);
+  m.def("set_isa", &cnnkernels::set_isa);
+  m.def("poison_workspaces", &cnnkernels::poison_workspaces);
+  m.def("release_workspaces", &cnnkernels::release_workspaces);
+}
