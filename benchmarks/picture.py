@@ -12,8 +12,8 @@ from .report import Environment
 _ROW_INCHES = 0.18
 _WIDTH_INCHES = 9.0
 _DOTS_PER_INCH = 100
-# Flat colours and grey letters: with a palette the file is a fraction of the size.
-_PALETTE = 16
+# Few colours and grey letters: with a palette the file is a fraction of the size.
+_PALETTE = 64
 # Room on the right for the annotations, of the width of what is drawn.
 _ANNOTATION_SHARE = 0.3
 _FASTER = "#2f7d5b"

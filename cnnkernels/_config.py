@@ -52,9 +52,9 @@ class Plan(dict[str, Any]):
     """How an operator runs on given arguments; prints as one line an entry.
 
     Keys: ``operator``; ``algorithm``, the kernel's or ``"aten"`` where torch computes it. With
-    ``"aten"`` comes the ``reason``, with a kernel what it makes of the problem: ``isa`` (instruction
-    set), ``vector_lanes``, ``threads``, for convolutions ``flops`` (floating-point operations of
-    the call) and ``workspace_bytes``, and how the work is cut.
+    ``"aten"`` comes the ``reason``, with a kernel what it makes of the problem: ``isa`` (the
+    instruction set), ``vector_lanes``, ``threads``, for convolutions ``flops`` (floating-point
+    operations of the call) and ``workspace_bytes``, and how the work is cut.
     """
 
     def __str__(self) -> str:

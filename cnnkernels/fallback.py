@@ -171,7 +171,7 @@ def max_pool2d_backward(
 ) -> Tensor:
     """Adds each element of grad_output to its window's winner in a tensor of input_size.
 
-    The result has grad_output's memory format.
+    The result has argmax's memory format.
     """
     return torch.ops.aten.max_pool2d_with_indices_backward(
         grad_output,
@@ -179,7 +179,7 @@ def max_pool2d_backward(
             input_size,
             dtype=grad_output.dtype,
             device=grad_output.device,
-            memory_format=_memory_format(grad_output),
+            memory_format=_memory_format(argmax),
         ),
         pair(kernel_size),
         stride_or_kernel(stride, kernel_size),
@@ -199,9 +199,13 @@ def max_pool2d_gather(
     dilation: Size2 = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Reads input at each window's winner: the adjoint of :func:`max_pool2d_backward`."""
+    """Reads input at each window's winner: the adjoint of :func:`max_pool2d_backward`.
+
+    The result has argmax's memory format.
+    """
     indices = argmax_to_indices(argmax, input.shape[-1], kernel_size, stride, padding, dilation)
-    return input.flatten(-2).gather(-1, indices.flatten(-2)).unflatten(-1, argmax.shape[-2:])
+    winners = input.flatten(-2).gather(-1, indices.flatten(-2)).unflatten(-1, argmax.shape[-2:])
+    return winners.contiguous(memory_format=_memory_format(argmax))
 
 
 def conv2d_relu_max_pool2d(

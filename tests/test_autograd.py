@@ -73,7 +73,6 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...
 }
 
 
-@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck(name: str) -> None:
     function, tensors = FUNCTIONS[name]
@@ -82,7 +81,6 @@ def test_gradcheck(name: str) -> None:
         assert gradcheck(function, tensors(), check_forward_ad=True, check_backward_ad=False)
 
 
-@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradgradcheck(name: str) -> None:
     function, tensors = FUNCTIONS[name]
@@ -243,7 +241,30 @@ def test_autocast_under_transforms() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0.1, atol=1.0)
 
 
-@pytest.mark.usefixtures("_operators")
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("trained", ["input", "weight", "bias", "input and bias"])
+def test_double_backward_where_some_are_frozen(trained: str) -> None:
+    """As in a gradient penalty on the input of a network that is not trained."""
+    sizes = {"input": (1, 2, 6, 6), "weight": (3, 2, 3, 3), "bias": (3,)}
+    tensors = {
+        name: torch.randn(size, dtype=torch.float64).requires_grad_(name in trained)
+        for name, size in sizes.items()
+    }
+    wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    results = []
+    for call in (
+        functional.conv2d_relu_max_pool2d,
+        lambda *t: F.max_pool2d(F.relu(functional.conv2d(*t)), 2),
+        lambda *t: F.max_pool2d(F.relu(F.conv2d(*t)), 2),
+    ):
+        loss = call(*tensors.values()).square().sum()
+        grads = torch.autograd.grad(loss, wanted, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), wanted))
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[2])
+
+
+@pytest.mark.usefixtures("backend")
 def test_input_changed_in_place_before_backward_is_an_error() -> None:
     input, weight = random(1, 2, 6, 6), random(3, 2, 3, 3)
     for call in (functional.conv2d, functional.conv2d_relu_max_pool2d):
@@ -264,21 +285,35 @@ def test_operators_pass_opcheck() -> None:
         return
     ops = torch.ops.cnnkernels
     input, weight, bias = random(2, 2, 5, 6), random(4, 2, 2, 3), random(4)
-    output, argmax = ops.max_pool2d_argmax(input.detach(), 2)
-    block = (input, weight, bias, [1], [1], [1], 1, [2], [2], [0], [1], False)
+    channels_last = input.detach().float().to(memory_format=torch.channels_last)
+    filters = weight.detach().float()
+    grad = torch.randn(2, 4, 4, 4)
+    conv, pool = ([1], [0], [1], 1), ([2], [2], [0], [1], False)
+    output, argmax = ops.max_pool2d_argmax(channels_last, 2)
+    pooled, winners = ops.conv2d_relu_max_pool2d_argmax(channels_last, filters, None, *conv, *pool)
+    grad_pooled = torch.ones_like(pooled)
+    every, some = [True, True, True], [True, False, True]
     for operator, args, kwargs in [
         (ops.conv2d.default, (input, weight, bias), {"padding": [1]}),
         (ops.conv2d.padding, (input, weight, bias), {"padding": "same"}),
-        (ops.conv2d.default, (input.to(memory_format=torch.channels_last), weight), {}),
+        (ops.conv2d.default, (channels_last, filters), {}),
+        (ops.conv2d_backward.default, (grad, channels_last, filters, *conv, every), {}),
+        (ops.conv2d_backward.default, (grad.double(), input, weight, *conv, some), {}),
         (ops.max_pool2d.default, (input, [2]), {}),
         (ops.max_pool2d_with_indices.default, (input, [3], [2], [1]), {}),
         (ops.max_pool2d_argmax.default, (input, [3], [2], [1]), {}),
         (ops.max_pool2d_backward.default, (output, argmax, input.shape, [2]), {}),
-        (ops.max_pool2d_gather.default, (input, argmax, [2]), {}),
+        (ops.max_pool2d_gather.default, (channels_last, argmax, [2]), {}),
         (ops.conv2d_relu_max_pool2d.default, (input, weight, bias), {}),
-        (ops.conv2d_relu_max_pool2d_argmax.default, block, {}),
+        (
+            ops.conv2d_relu_max_pool2d_backward.default,
+            (grad_pooled, channels_last, filters, pooled, winners, *conv, *pool, every),
+            {},
+        ),
     ]:
         torch.library.opcheck(operator, args, kwargs)
-    params = [torch.randn(3), torch.randn(2, 2)]
-    grads = [torch.randn(3), torch.randn(2, 2)]
+    params, grads, buffers = ([torch.randn(3), torch.randn(2, 2)] for _ in range(3))
     torch.library.opcheck(ops.gd_step_.default, (params, grads, 0.1))
+    settings = {"weight_decay": 0.1, "momentum": 0.9, "lr": 0.1, "dampening": 0.0}
+    flags = {"nesterov": False, "maximize": False, "is_first_step": False}
+    torch.library.opcheck(ops.sgd_step_.default, (params, grads, buffers), {**settings, **flags})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 import cnnkernels
 from cnnkernels import _native, explain, functional, get_backend, nn, show_config, use_backend
+from cnnkernels.__main__ import main
 
 IMAGE, WEIGHT = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3)
 
@@ -176,41 +178,38 @@ except RuntimeError as error:
 """
 
 
-@pytest.mark.parametrize(
-    ("build_info", "library", "reason"),
-    [
-        (None, None, "there is no compiled library"),
-        (
-            {"built": False, "reason": "no C++ compiler was found"},
-            None,
-            "no C++ compiler was found",
-        ),
-        (
-            {"built": True, "torch_version": "1.2.3+cpu"},
-            "raise SystemExit('the library of another torch was imported')",
-            "built for torch 1.2.3+cpu, but this is torch",
-        ),
-        (
-            {"built": True, "torch_version": torch.__version__},
-            "raise ImportError('undefined symbol: foo')",
-            "undefined symbol: foo",
-        ),
-    ],
-    ids=["none", "not built", "another torch", "broken"],
-)
-def test_a_library_that_cannot_be_used_is_refused(
-    tmp_path: Path, build_info: dict[str, object] | None, library: str | None, reason: str
-) -> None:
-    copy_package(tmp_path, build_info, library)
+def test_the_library_of_another_torch_is_not_even_imported(tmp_path: Path) -> None:
+    info = {"built": True, "torch_version": "1.2.3+cpu"}
+    copy_package(tmp_path, info, "raise SystemExit('the library was imported')")
     result = python(FALLBACK, tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
+    reason = "the library was built for torch 1.2.3+cpu, but this is torch"
     assert lines[0] == "False torch"
-    assert any(reason in line for line in lines if line.startswith("library:"))
-    assert lines[-1].startswith("refused: the native backend is not available")
-    assert reason in lines[-1]
-    if build_info is None or build_info["built"]:
-        assert "pip install --force-reinstall --no-deps --no-build-isolation" in lines[-1]
+    assert any(line.startswith("library:") and reason in line for line in lines)
+    assert lines[-1].startswith(f"refused: the native backend is not available: {reason}")
+    assert "pip install --force-reinstall --no-deps --no-build-isolation" in lines[-1]
+
+
+def test_reasons_why_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = {"built": False, "reason": "no C++ compiler was found"}
+    assert _native._load(failed) == (
+        None,
+        "the library was not built: no C++ compiler was found",
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    library, reason = _native._load({})
+    assert library is None
+    assert "there is no compiled library" in reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: foo")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    library, reason = _native._load({"built": True, "torch_version": torch.__version__})
+    assert library is None
+    assert "could not be loaded (undefined symbol: foo)" in reason
 
 
 def test_environment_cannot_force_a_library_that_is_not_there(tmp_path: Path) -> None:
@@ -221,13 +220,17 @@ def test_environment_cannot_force_a_library_that_is_not_there(tmp_path: Path) ->
     assert "no C++ compiler was found" in result.stderr
 
 
-def test_command_line() -> None:
-    run = [sys.executable, "-m", "cnnkernels"]
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.strip() == show_config()
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2
+    assert "{info,tutorial,bench}" in capsys.readouterr().err
+
+
+def test_package_runs_as_a_module() -> None:
+    run = [sys.executable, "-m", "cnnkernels", "info"]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
-    info = subprocess.run(
-        [*run, "info"], env=environment, capture_output=True, text=True, check=True
-    )
+    info = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
     assert info.stdout.strip() == show_config()
-    nothing = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
-    assert nothing.returncode == 2
-    assert all(command in nothing.stderr for command in ("info", "tutorial", "bench"))

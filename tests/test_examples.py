@@ -26,20 +26,20 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def digits():
-    for library in ("sklearn", "matplotlib"):
-        pytest.importorskip(library, reason="the extra 'examples' is not installed")
-    return load("train_digits")
-
-
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Threads that wait for each other cost more than they bring on images this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    for library in ("sklearn", "matplotlib"):
+        pytest.importorskip(library, reason="the extra 'examples' is not installed")
+    return load("train_digits")
 
 
 def test_both_runs_start_from_the_same_weights(digits):
@@ -66,7 +66,7 @@ def test_held_out_images_are_not_trained_on(digits):
     assert everything.max() == 1
 
 
-def test_training_reaches_97_per_cent(digits, one_thread):
+def test_training_reaches_97_per_cent(digits):
     data = digits.load_data(seed=2)
     ours, plain = digits.make_runs(seed=2)
     digits.train((ours, plain), data, epochs=8, batch_size=32, seed=2)
@@ -87,7 +87,7 @@ def test_speedup_is_the_median_of_the_pairs_after_the_first(digits):
     assert digits.median_speedup(ours, plain) == 5.0
 
 
-def test_train_digits_prints_both_and_draws(digits, one_thread, tmp_path, capsys):
+def test_train_digits_prints_both_and_draws(digits, tmp_path, capsys):
     from PIL import Image
 
     picture = tmp_path / "new" / "curve.png"

@@ -110,6 +110,23 @@ def test_conv2d(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last])
+def test_conv2d_memory_formats(
+    dtype: torch.dtype, input_format: torch.memory_format, weight_format: torch.memory_format
+) -> None:
+    """Those of the output and of the gradients, whichever of the two asks for channels_last."""
+    strides = []
+    for function in (functional.conv2d, F.conv2d):
+        input = torch.randn(2, 3, 9, 8, dtype=dtype).to(memory_format=input_format)
+        weight = torch.randn(4, 3, 3, 3, dtype=dtype).to(memory_format=weight_format)
+        output = function(input.requires_grad_(), weight.requires_grad_())
+        grads = torch.autograd.grad(output.sum(), (input, weight))
+        strides.append([tensor.stride() for tensor in (output, *grads)])
+    assert strides[0] == strides[1]
+
+
 @pytest.mark.parametrize(("input_size", "kwargs"), POOLS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_max_pool2d(

@@ -55,6 +55,15 @@ NUMBERS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than they bring on images this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def computed(request):
     """Every program's values on one backend."""
@@ -374,3 +383,10 @@ def test_value_formats():
     assert shown([-51.30856, 69.20992]) == "[-51.30856,\n69.20992]"
     assert shown([3.0, 4.0, 0.0, 0.0, 0.0]) == "norm 5"
     assert shown(math.nan) == "nan"
+
+
+def test_chapter_column_shows_the_chapters_digits(capsys):
+    assert main(["tutorial", "--only", "pattern-training", "--only", "convolution-4x4"]) == 0
+    output = capsys.readouterr().out
+    for number in ("1.3862943649", "3.7199602127", "-0.83130583167", "-0.8313058 "):
+        assert number in output

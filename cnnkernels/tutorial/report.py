@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +36,7 @@ def print_rows(console: Console, program: Program, rows: list[Row]) -> None:
             *(
                 escape(text)
                 for text in (
-                    "—" if row.chapter is None else format_value(row.chapter),
+                    "—" if row.chapter is None else format_value(row.chapter, _as_printed),
                     by_hand,
                     format_value(row.fallback),
                     "not built" if row.kernel is None else format_value(row.kernel),
@@ -44,12 +47,22 @@ def print_rows(console: Console, program: Program, rows: list[Row]) -> None:
     console.print(table)
 
 
-def format_value(value: Array) -> str:
-    """The numbers as text, to float32's precision.
+def _as_printed(number: Any) -> str:
+    # No more digits than the chapters print.
+    return f"{number:.11g}"
+
+
+def _as_float32(number: Any) -> str:
+    # Adding zero turns -0 into 0.
+    return str(np.float32(number) + 0).removesuffix(".0")
+
+
+def format_value(value: Array, format_number: Callable[[Any], str] = _as_float32) -> str:
+    """The numbers as text, by default to float32's precision.
 
     Of many numbers it is their Euclidean norm, and of equal ones the number and how many.
     """
-    texts = [_format_number(number) for number in value.flat]
+    texts = [format_number(number) for number in value.flat]
     if value.ndim == 0:
         return texts[0]
     if value.dtype.kind == "i":
@@ -57,14 +70,9 @@ def format_value(value: Array) -> str:
     if len(texts) > 1 and len(set(texts)) == 1:
         return f"{texts[0]} (×{len(texts)})"
     if len(texts) > _SHOWN_WHOLE:
-        return f"{_NORM} {_format_number(np.linalg.norm(value))}"
+        return f"{_NORM} {format_number(np.linalg.norm(value))}"
     separator = ", " if sum(map(len, texts)) < _ONE_LINE else ",\n"
     return "[" + separator.join(texts) + "]"
-
-
-def _format_number(number: float | np.floating | np.integer) -> str:
-    # Adding zero turns -0 into 0.
-    return str(np.float32(number) + 0).removesuffix(".0")
 
 
 def _mark(row: Row) -> str:

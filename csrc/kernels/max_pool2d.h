@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/cpu/isa.h"
 #include "kernels/types.h"
@@ -46,22 +47,41 @@ struct InputPosition {
   int64_t y, x;
 };
 
-// The input element that tap `tap` of window (y, x) is. Throws
-// std::invalid_argument if there is none: an argmax that is not this problem's
-// must not reach memory.
-inline InputPosition winner_position(const MaxPool2dProblem& problem, int64_t y, int64_t x,
-                                     int64_t tap) {
-  const int64_t row = tap / problem.kernel_width;
-  const int64_t column = tap - row * problem.kernel_width;
-  const InputPosition in = {y * problem.stride_h - problem.pad_top + row * problem.dilation_h,
-                            x * problem.stride_w - problem.pad_left + column * problem.dilation_w};
-  if (tap < 0 || in.y < 0 || in.y >= problem.in_height || in.x < 0 || in.x >= problem.in_width) {
+// From an argmax to the input element that won.
+class WinnerPositions {
+ public:
+  explicit WinnerPositions(const MaxPool2dProblem& problem) : problem_(problem) {
+    for (int64_t r = 0; r < problem.kernel_height; ++r) {
+      for (int64_t s = 0; s < problem.kernel_width; ++s) {
+        taps_.push_back({r * problem.dilation_h - problem.pad_top,
+                         s * problem.dilation_w - problem.pad_left});
+      }
+    }
+  }
+
+  // The input element that tap `tap` of window (y, x) is. Throws
+  // std::invalid_argument if there is none: an argmax that is not this
+  // problem's must not reach memory.
+  InputPosition operator()(int64_t y, int64_t x, int64_t tap) const {
+    if (tap < 0 || tap >= static_cast<int64_t>(taps_.size())) refuse(y, x, tap);
+    const InputPosition& offset = taps_[static_cast<size_t>(tap)];
+    const InputPosition in = {y * problem_.stride_h + offset.y, x * problem_.stride_w + offset.x};
+    if (in.y < 0 || in.y >= problem_.in_height || in.x < 0 || in.x >= problem_.in_width) {
+      refuse(y, x, tap);
+    }
+    return in;
+  }
+
+ private:
+  [[noreturn]] static void refuse(int64_t y, int64_t x, int64_t tap) {
     throw std::invalid_argument("argmax holds " + std::to_string(tap) + " for window (" +
                                 std::to_string(y) + ", " + std::to_string(x) +
                                 "), which has no such element");
   }
-  return in;
-}
+
+  const MaxPool2dProblem& problem_;
+  std::vector<InputPosition> taps_;
+};
 
 // Calls body with a value of the type in which an argmax is kept.
 template <class Body>

@@ -135,8 +135,7 @@ std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
 }
 
 Layout conv_layout(const at::Tensor& input, const at::Tensor& weight) {
-  // As torch: channels_last if either asks for it, but never in float64.
-  if (input.scalar_type() == at::kDouble) return Layout::nchw;
+  // As torch: channels_last if either asks for it.
   const bool channels_last =
       input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
       (weight.dim() == 4 && weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);

@@ -45,7 +45,8 @@ std::string conv2d_not_native(const at::Tensor& input, const at::Tensor& weight,
   if (reason.empty()) reason = not_native(weight);
   if (!reason.empty() || input.dim() < 3) return reason;
   for (int64_t axis = input.dim() - 3; axis < input.dim(); ++axis) {
-    if (input.size(axis) == 0) return "input has no elements";
+    // Symbolic sizes stay symbolic, or an export would fix a dynamic one.
+    if (TORCH_GUARD_OR_FALSE(input.sym_size(axis).sym_eq(0))) return "input has no elements";
   }
   return "";
 }

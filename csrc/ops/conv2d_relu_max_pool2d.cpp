@@ -103,6 +103,11 @@ Conv2dReluMaxPool2dProblem block_problem(const char* op, const at::Tensor& image
                                          const BlockArguments& arguments) {
   Conv2dReluMaxPool2dProblem problem;
   problem.conv = conv_problem(op, images, weight, bias, arguments.conv);
+  // As torch's ReLU, which returns the contiguous format where both are the same.
+  if (problem.conv.out_channels == 1 ||
+      (problem.conv.out_height == 1 && problem.conv.out_width == 1)) {
+    problem.conv.layout = Layout::nchw;
+  }
   const std::array<int64_t, 4> conv_size = {problem.conv.batch, problem.conv.out_channels,
                                             problem.conv.out_height, problem.conv.out_width};
   problem.pool =

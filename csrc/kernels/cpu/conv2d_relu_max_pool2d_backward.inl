@@ -90,28 +90,36 @@ struct WinnerGradient {
 };
 
 // The winners of one output channel of one image that pass a gradient.
+//
+// Neighbours in a row have overlapping patches, and a load that spans several
+// recent stores stalls until they reach the cache. So a row is visited in
+// `passes` of windows whose patches do not overlap.
 template <class T, class Tap>
 void collect_winners(const Conv2dReluMaxPool2dProblem& problem, const PixelRows& pixels,
-                     const T* grad_output, const T* output, const Tap* argmax, int64_t pixel_step,
+                     const WinnerPositions& positions, int64_t passes, const T* grad_output, const T* output, const Tap* argmax, int64_t pixel_step,
                      std::vector<WinnerGradient<Accumulator<T>>>& winners) {
   using A = Accumulator<T>;
   const Conv2dProblem& conv = problem.conv;
   const MaxPool2dProblem& window = problem.pool;
   winners.resize(static_cast<size_t>(window.out_height * window.out_width));
   size_t count = 0;
-  for (int64_t y = 0; y < window.out_height; ++y) {
-    for (int64_t x = 0; x < window.out_width; ++x) {
+  const auto visit_row = [&](int64_t y, int64_t first) {
+    for (int64_t x = first; x < window.out_width; x += passes) {
       const int64_t at = (y * window.out_width + x) * pixel_step;
-      const InputPosition winner =
-          winner_position(window, y, x, static_cast<int64_t>(argmax[at]));
+      const InputPosition winner = positions(y, x, static_cast<int64_t>(argmax[at]));
       const A gradient = widen(grad_output[at]);
       // Written always, kept only if it passes: a branch here would be taken
       // at random.
       winners[count] = {winner.y * conv.stride_h * pixels.row() +
                             winner.x * conv.stride_w * pixels.channels,
                         gradient};
-      const bool passes = !(widen(output[at]) <= A{0}) & !(gradient == A{0});
-      count += static_cast<size_t>(passes);
+      const bool passes_gradient = !(widen(output[at]) <= A{0}) & !(gradient == A{0});
+      count += static_cast<size_t>(passes_gradient);
+    }
+  };
+  for (int64_t y = 0; y < window.out_height; ++y) {
+    for (int64_t first = 0; first < std::min(passes, window.out_width); ++first) {
+      visit_row(y, first);
     }
   }
   winners.resize(count);
@@ -201,6 +209,10 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
   const int64_t outputs = window.out_height * window.out_width;
   const int64_t output_image = conv.out_channels * outputs;
   const int64_t pixel_step = nchw ? 1 : conv.out_channels;
+  const WinnerPositions positions(window);
+  const int64_t footprint = (window.kernel_width - 1) * window.dilation_w * conv.stride_w +
+                            (conv.kernel_width - 1) * conv.dilation_w + 1;
+  const int64_t passes = ceil_div(footprint, window.stride_w * conv.stride_w);
 
   // Multiply-adds if every window passes a gradient.
   const int64_t work = conv.batch * output_image * runs.size();
@@ -251,8 +263,8 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
         if (grad_input != nullptr) std::fill_n(gradient, image_count, A{0});
         for (int64_t k = 0; k < conv.out_channels; ++k) {
           const int64_t at = n * output_image + (nchw ? k * outputs : k);
-          collect_winners(problem, pixels, grad_output + at, output + at, argmax + at, pixel_step,
-                          winners);
+          collect_winners(problem, pixels, positions, passes, grad_output + at, output + at,
+                          argmax + at, pixel_step, winners);
           const int64_t group = k / group_out * pixels.group();
           if (grad_bias != nullptr) {
             A sum = 0;

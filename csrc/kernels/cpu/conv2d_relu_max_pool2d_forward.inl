@@ -46,7 +46,7 @@ void pooled_span(const PooledRow<A>& pooled, int64_t k, int64_t x) {
     Winner<A> winner = {total[i][0] + bias, Vec<Mask<A>>{}};
     for (int p = 1; p < 4; ++p) challenge<A>(winner, total[i][p] + bias, static_cast<Mask<A>>(p));
     const int64_t at = row.out_at + (k + i) * row.out_channel_step + x * row.out_lane_step;
-    store_as<A>(row.dtype, row.out, at, relu<A>(winner.value), count, row.out_lane_step);
+    store_out<A>(row.dtype, row.out, at, relu<A>(winner.value), count, row.out_lane_step);
     store_taps<A>(pooled.argmax, at, winner.tap, count, row.out_lane_step);
   }
 }

@@ -4,25 +4,37 @@
 // KB output channels by TB (input channel, tap) pairs of sums live in
 // registers, each a vector over output columns; a step loads KB gradient and TB
 // source vectors for KB*TB multiply-adds, without a broadcast. 4x3 sums and
-// their operands are what 16 registers hold. Lanes are summed once an image,
-// not once a row.
+// their operands are what 16 registers hold. Lanes are summed once
+// in about kStepsPerSum steps, over rows and images: often enough to keep
+// float's chains short, seldom enough not to cost.
 //
 // A task owns its gradient elements over all images, so that the sum has one
 // order whatever the number of threads, and nothing needs to be reduced.
-// Images are added up in double, which keeps float's chains as short as one
-// lane of one image.
+// Lane sums are added up in double.
 
 #include "kernels/cpu/pack_planes.inl"
 
 constexpr int kGradientChannels = 4;
 constexpr int kGradientTaps = 3;
+constexpr int64_t kStepsPerSum = 128;
 
-// Sums over one image for KB channels and TB taps, added to `sums`
-// [channel][tap] with the row length given.
+// The packed images that one lane sum runs over.
+template <class A>
+struct PackedImages {
+  const A* gradient;  // of the tile's first output channel
+  int64_t gradient_image, gradient_plane, gradient_pitch;
+  const A* planes;
+  int64_t source_image, source_pitch;
+  int64_t images, rows, columns;
+};
+
+// Sums for KB channels and TB taps, added to `sums` [channel][tap] with the row
+// length given.
 template <class A, int KB, int TB>
-void weight_gradient_tile(const A* gradient, int64_t gradient_plane, int64_t gradient_pitch,
-                          const A* const* source, int64_t source_pitch, int64_t rows,
-                          int64_t columns, double* sums, int64_t sums_row) {
+void weight_gradient_tile(const PackedImages<A>& packed, const int64_t* offsets, double* sums,
+                          int64_t sums_row) {
+  const int64_t columns = packed.columns;
+  const int64_t gradient_plane = packed.gradient_plane;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t whole = columns / lanes * lanes;
   const Vec<Mask<A>> tail = first_lanes<A>(columns - whole);
@@ -30,13 +42,17 @@ void weight_gradient_tile(const A* gradient, int64_t gradient_plane, int64_t gra
   for (int k = 0; k < KB; ++k) {
     for (int t = 0; t < TB; ++t) sum[k][t] = Vec<A>{};
   }
-  for (int64_t y = 0; y < rows; ++y) {
-    const A* const gradient_row = gradient + y * gradient_pitch;
-    const int64_t source_row = y * source_pitch;
+  for (int64_t row = 0; row < packed.images * packed.rows; ++row) {
+    const int64_t image = row / packed.rows;
+    const int64_t y = row - image * packed.rows;
+    const A* const gradient_row =
+        packed.gradient + image * packed.gradient_image + y * packed.gradient_pitch;
+    const A* const source_row =
+        packed.planes + image * packed.source_image + y * packed.source_pitch;
     for (int64_t x = 0; x < whole; x += lanes) {
       Vec<A> value[TB];
 #pragma GCC unroll 4
-      for (int t = 0; t < TB; ++t) value[t] = load(source[t] + source_row + x);
+      for (int t = 0; t < TB; ++t) value[t] = load(source_row + offsets[t] + x);
 #pragma GCC unroll 4
       for (int k = 0; k < KB; ++k) {
         const Vec<A> g = load(gradient_row + k * gradient_plane + x);
@@ -50,7 +66,7 @@ void weight_gradient_tile(const A* gradient, int64_t gradient_plane, int64_t gra
       Vec<A> value[TB];
 #pragma GCC unroll 4
       for (int t = 0; t < TB; ++t) {
-        value[t] = select<A>(tail, load(source[t] + source_row + whole), Vec<A>{});
+        value[t] = select<A>(tail, load(source_row + offsets[t] + whole), Vec<A>{});
       }
 #pragma GCC unroll 4
       for (int k = 0; k < KB; ++k) {
@@ -66,18 +82,13 @@ void weight_gradient_tile(const A* gradient, int64_t gradient_plane, int64_t gra
 }
 
 template <class A, int KB>
-void weight_gradient_taps(const A* gradient, int64_t gradient_plane, int64_t gradient_pitch,
-                          const A* planes, const std::vector<int64_t>& offsets,
-                          int64_t source_pitch, int64_t rows, int64_t columns, double* sums,
-                          int64_t sums_row) {
+void weight_gradient_taps(const PackedImages<A>& packed, const std::vector<int64_t>& offsets,
+                          double* sums, int64_t sums_row) {
   const int64_t taps = static_cast<int64_t>(offsets.size());
   int64_t t = 0;
   const auto tile = [&](auto taps_at_once) {
     constexpr int TB = decltype(taps_at_once)::value;
-    const A* source[TB];
-    for (int i = 0; i < TB; ++i) source[i] = planes + offsets[t + i];
-    weight_gradient_tile<A, KB, TB>(gradient, gradient_plane, gradient_pitch, source, source_pitch,
-                                    rows, columns, sums + t, sums_row);
+    weight_gradient_tile<A, KB, TB>(packed, offsets.data() + t, sums + t, sums_row);
     t += TB;
   };
   while (taps - t >= kGradientTaps) tile(Constant<kGradientTaps>{});
@@ -124,6 +135,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const int64_t c_blocks = ceil_div(group_in, c_block);
   const int64_t tasks = problem.groups * k_blocks * c_blocks;
   const int64_t sums_row = group_in * kernel;
+  const int64_t steps_per_image = problem.out_height * (packed_out.row_length / kLanes<A>);
+  const int64_t images_per_sum = std::max<int64_t>(1, kStepsPerSum / steps_per_image);
 
   const PlaneSource in_source =
       plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
@@ -171,16 +184,22 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         }
         const int64_t k = group * group_out + k0;
         const int64_t channels = std::min<int64_t>(kGradientChannels, group_out - k0);
-        for (int64_t image = 0; image < images; ++image) {
-          const A* const gradient =
-              packed_gradient + image * out_image + k * packed_out.plane();
-          const A* const planes = packed_source + image * in_image;
+        for (int64_t image = 0; image < images; image += images_per_sum) {
+          const PackedImages<A> summed = {packed_gradient + image * out_image +
+                                              k * packed_out.plane(),
+                                          out_image,
+                                          packed_out.plane(),
+                                          packed_out.pitch(),
+                                          packed_source + image * in_image,
+                                          in_image,
+                                          problem.stride_h * packed_in.pitch(),
+                                          std::min(images_per_sum, images - image),
+                                          problem.out_height,
+                                          problem.out_width};
           double* const to = sums + k * sums_row + c0 * kernel;
           const auto run = [&](auto channels_at_once) {
-            weight_gradient_taps<A, decltype(channels_at_once)::value>(
-                gradient, packed_out.plane(), packed_out.pitch(), planes, offsets,
-                problem.stride_h * packed_in.pitch(), problem.out_height, problem.out_width, to,
-                sums_row);
+            weight_gradient_taps<A, decltype(channels_at_once)::value>(summed, offsets, to,
+                                                                       sums_row);
           };
           switch (channels) {
             case 4:

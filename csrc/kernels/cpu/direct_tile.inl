@@ -9,7 +9,7 @@
 // Sums are taken in blocks of at most kSumLength products, then added up: the
 // rounding error of a float sum grows with the length of its chain.
 
-constexpr int64_t kSumLength = 128;
+constexpr int64_t kSumLength = 32;
 
 template <class A>
 struct TileWeights {
@@ -32,10 +32,9 @@ struct TileSource {
 template <class A, int KB, int P>
 CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& shape,
                              const TileWeights<A>& weights, Vec<A> (&total)[KB][P]) {
-  for (int k = 0; k < KB; ++k) {
-    for (int p = 0; p < P; ++p) total[k][p] = Vec<A>{};
-  }
-  const int64_t channel_block = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, shape.tap_count));
+  const int64_t channel_block =
+      std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, shape.tap_count));
+  bool first = true;
   for (int64_t c0 = 0; c0 < shape.channels; c0 += channel_block) {
     const int64_t c1 = std::min(shape.channels, c0 + channel_block);
     for (int64_t t0 = 0; t0 < shape.tap_count; t0 += kSumLength) {
@@ -64,8 +63,14 @@ CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& s
         }
       }
       for (int k = 0; k < KB; ++k) {
-        for (int p = 0; p < P; ++p) total[k][p] += sum[k][p];
+        for (int p = 0; p < P; ++p) total[k][p] = first ? sum[k][p] : total[k][p] + sum[k][p];
       }
+      first = false;
+    }
+  }
+  if (first) {
+    for (int k = 0; k < KB; ++k) {
+      for (int p = 0; p < P; ++p) total[k][p] = Vec<A>{};
     }
   }
 }
@@ -122,6 +127,7 @@ void direct_span(const DirectRow<A>& row, int64_t k, int64_t first_vector) {
     start[p] = std::min((first_vector + p) * lanes, last_start);
     source[p] = row.source + start[p];
   }
+  const int64_t count = std::min(lanes, row.width);
   TileWeights<A> weights = row.weights;
   weights.data += k * weights.out_stride;
   Vec<A> total[KB][P];
@@ -130,8 +136,8 @@ void direct_span(const DirectRow<A>& row, int64_t k, int64_t first_vector) {
     const int64_t at = row.out_at + (k + i) * row.out_channel_step;
     const Vec<A> bias = row.bias != nullptr ? broadcast(row.bias[k + i]) : Vec<A>{};
     for (int p = 0; p < P; ++p) {
-      store_as<A>(row.dtype, row.out, at + start[p] * row.out_lane_step, total[i][p] + bias,
-                  std::min(lanes, row.width), row.out_lane_step);
+      store_out<A>(row.dtype, row.out, at + start[p] * row.out_lane_step, total[i][p] + bias, count,
+                   row.out_lane_step);
     }
   }
 }

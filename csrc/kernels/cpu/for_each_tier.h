@@ -8,6 +8,8 @@
 // vector width.
 //
 // The AVX-512 tier is compiled everywhere x86-64 is; it runs where CPUID allows.
+// With CNNK_EMULATE_AVX512, for tests, its vector width and tiles are compiled to
+// AVX2 instructions, so that a machine without AVX-512 runs them too.
 
 #include <algorithm>
 #include <cstdint>
@@ -65,7 +67,12 @@ namespace {
 #pragma GCC pop_options
 #endif
 
-#if defined(__clang__)
+#if defined(CNNK_EMULATE_AVX512) && defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#elif defined(CNNK_EMULATE_AVX512)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#elif defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
     apply_to = function)

@@ -24,8 +24,12 @@ std::vector<Isa> supported_isas() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (avx2) isas.push_back(Isa::avx2);
+#if defined(CNNK_EMULATE_AVX512)
+  const bool avx512 = avx2;
+#else
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
   if (avx2 && avx512) isas.push_back(Isa::avx512);
 #endif
   return isas;

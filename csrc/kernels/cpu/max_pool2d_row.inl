@@ -61,9 +61,11 @@ CNNK_INLINE void store_taps_as(Tap* to, Vec<Mask<A>> taps, int64_t count, int64_
     __builtin_memcpy(to, &narrow_taps, sizeof narrow_taps);
     return;
   }
-  Mask<A> values[lanes];
-  store(values, taps);
-  for (int64_t i = 0; i < count; ++i) to[i * step] = static_cast<Tap>(values[i]);
+  typedef Tap Narrow __attribute__((vector_size(lanes * sizeof(Tap))));
+  const Narrow narrow_taps = __builtin_convertvector(taps, Narrow);
+  Tap values[lanes];
+  __builtin_memcpy(values, &narrow_taps, sizeof values);
+  for (int64_t i = 0; i < count; ++i) to[i * step] = values[i];
 }
 
 // Stores `count` taps from element `at` on, `step` elements apart.
@@ -86,7 +88,7 @@ void pool_row(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut&
   for (int64_t x = 0; x < row.width; x += lanes) {
     const int64_t count = std::min(lanes, row.width - x);
     const Winner<A> winner = pool_window(row, x);
-    store_as<A>(dtype, values, at + x * step, winner.value, count, step);
+    store_out<A>(dtype, values, at + x * step, winner.value, count, step);
     store_taps<A>(argmax, at + x * step, winner.tap, count, step);
   }
 }

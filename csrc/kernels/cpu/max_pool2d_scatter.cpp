@@ -16,8 +16,8 @@ namespace {
 // channel of one image. Indices are in elements from the start of the image.
 // Throws std::invalid_argument for an argmax that no window of the problem has.
 template <class Tap, class Visit>
-void for_each_winner(const MaxPool2dProblem& problem, const Tap* argmax, int64_t channel,
-                     Visit&& visit) {
+void for_each_winner(const MaxPool2dProblem& problem, const WinnerPositions& positions,
+                     const Tap* argmax, int64_t channel, Visit&& visit) {
   const bool nchw = problem.layout == Layout::nchw;
   const int64_t pixel = nchw ? 1 : problem.channels;
   const int64_t out_start = nchw ? channel * problem.out_height * problem.out_width : channel;
@@ -25,7 +25,7 @@ void for_each_winner(const MaxPool2dProblem& problem, const Tap* argmax, int64_t
   for (int64_t y = 0; y < problem.out_height; ++y) {
     for (int64_t x = 0; x < problem.out_width; ++x) {
       const int64_t out = out_start + (y * problem.out_width + x) * pixel;
-      const InputPosition in = winner_position(problem, y, x, static_cast<int64_t>(argmax[out]));
+      const InputPosition in = positions(y, x, static_cast<int64_t>(argmax[out]));
       visit(out, in_start + (in.y * problem.in_width + in.x) * pixel);
     }
   }
@@ -35,6 +35,7 @@ template <class T, class Tap>
 void scatter(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* grad_output_data,
              const void* argmax_data, void* grad_input_data) {
   using A = Accumulator<T>;
+  const WinnerPositions positions(problem);
   const int64_t in_image = problem.channels * problem.in_height * problem.in_width;
   const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
   const bool serial = problem.batch * in_image * element_size(problem.dtype) < kSerialBytes;
@@ -62,7 +63,7 @@ void scatter(const MaxPool2dProblem& problem, const ThreadPool& pool, const void
           }
         }
         for (int64_t c = c0; c < c0 + count; ++c) {
-          for_each_winner(problem, argmax, c,
+          for_each_winner(problem, positions, argmax, c,
                           [&](int64_t out, int64_t in) { grad_input[in] += grad_output[out]; });
         }
       } else {
@@ -71,7 +72,7 @@ void scatter(const MaxPool2dProblem& problem, const ThreadPool& pool, const void
           std::fill_n(sums, pixels, A{0});
           const int64_t start = nchw ? c * pixels : c;
           const int64_t step = nchw ? 1 : problem.channels;
-          for_each_winner(problem, argmax, c, [&](int64_t out, int64_t in) {
+          for_each_winner(problem, positions, argmax, c, [&](int64_t out, int64_t in) {
             sums[(in - start) / step] += widen(grad_output[out]);
           });
           for (int64_t i = 0; i < pixels; ++i) {
@@ -116,7 +117,7 @@ void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, 
       for_each_plane(problem, pool, [&](int64_t n, int64_t channel) {
         const T* const from = static_cast<const T*>(input) + n * in_image;
         T* const to = static_cast<T*>(values) + n * out_image;
-        for_each_winner(problem, static_cast<const Tap*>(argmax) + n * out_image,
+        for_each_winner(problem, positions, static_cast<const Tap*>(argmax) + n * out_image,
                                   channel, [&](int64_t out, int64_t in) { to[out] = from[in]; });
       });
     });
@@ -134,7 +135,7 @@ void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool,
       const int64_t pixel = nchw ? 1 : problem.channels;
       int64_t* const to = indices + n * out_image;
       for_each_winner(
-          problem, static_cast<const Tap*>(argmax) + n * out_image, channel,
+          problem, positions, static_cast<const Tap*>(argmax) + n * out_image, channel,
           [&](int64_t out, int64_t in) { to[out] = (in - start) / pixel; });
     });
   });

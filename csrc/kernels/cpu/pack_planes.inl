@@ -19,6 +19,19 @@ CNNK_INLINE void fill_row(A* row, int64_t begin, int64_t end, A fill) {
   for (int64_t i = begin; i < end; ++i) row[i] = fill;
 }
 
+// Rows at stride 2, the commonest after 1, by vectors. The last element is read
+// alone: what follows it may not be memory.
+template <class T, class A>
+CNNK_INLINE void copy_every_second(const T* from, A* to, int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    int64_t i = 0;
+    for (; i + kLanes<float> < count; i += kLanes<float>) {
+      store(to + i, load_even_odd(from + 2 * i).even);
+    }
+    for (; i < count; ++i) to[i] = from[2 * i];
+  }
+}
+
 // Channels are interleaved in NHWC, so that several are packed in one sweep.
 constexpr int64_t kInterleavedChannels = 8;
 
@@ -52,6 +65,8 @@ void pack_planes(const T* image, const PlaneSource& source, int64_t channels,
         const int64_t step = packed.phases * source.column_stride;
         if (step == 1) {
           widen_row(from, row + inside.begin, inside.end - inside.begin);
+        } else if (std::is_same_v<T, float> && step == 2) {
+          copy_every_second(from, row + inside.begin, inside.end - inside.begin);
         } else if (count == kInterleavedChannels) {
           for (int64_t i = inside.begin; i < inside.end; ++i, from += step) {
             for (int64_t c = 0; c < kInterleavedChannels; ++c) row[c * plane + i] = widen(from[c]);

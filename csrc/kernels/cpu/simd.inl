@@ -88,12 +88,12 @@ CNNK_INLINE Vec<float> load_widened(const bfloat16* p) {
 }
 
 CNNK_INLINE Vec<float> load_widened(const float16* p) {
-#if CNNK_TIER_ID == 2
+#if CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif CNNK_TIER_ID == 1
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  Vec<float> v;
+  Vec<float> v{};
   for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
   return v;
 #endif
@@ -113,7 +113,7 @@ CNNK_INLINE void store_narrowed(bfloat16* p, Vec<float> v) {
 }
 
 CNNK_INLINE void store_narrowed(float16* p, Vec<float> v) {
-#if CNNK_TIER_ID == 2
+#if CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif CNNK_TIER_ID == 1
@@ -172,6 +172,16 @@ CNNK_INLINE void with_storage(DType dtype, Body&& body) {
   }
 }
 
+// The first n < lanes lanes, without touching what follows.
+CNNK_INLINE void store_head(float* p, Vec<float> v, int64_t n) {
+#if CNNK_TIER_ID == 1
+  _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(n), (__m256)v);
+#else
+  store_first(p, v, n);
+#endif
+}
+CNNK_INLINE void store_head(double* p, Vec<double> v, int64_t n) { store_first(p, v, n); }
+
 // Stores the first `count` lanes from element `at` on, `step` elements apart.
 template <class A>
 __attribute__((noinline)) void store_as(DType dtype, void* out, int64_t at, Vec<A> v, int64_t count,
@@ -185,4 +195,40 @@ __attribute__((noinline)) void store_as(DType dtype, void* out, int64_t at, Vec<
       store_first(to, v, count, step);
     }
   });
+}
+
+// The same, with the common case in line: a row of accumulators.
+template <class A>
+CNNK_INLINE void store_out(DType dtype, void* out, int64_t at, Vec<A> v, int64_t count,
+                           int64_t step) {
+  const bool plain = step == 1 && (std::is_same_v<A, double> || dtype == DType::float32);
+  if (!plain) return store_as<A>(dtype, out, at, v, count, step);
+  A* const to = static_cast<A*>(out) + at;
+  if (count == kLanes<A>) {
+    store(to, v);
+  } else {
+    store_head(to, v, count);
+  }
+}
+
+// Every second element of the 2 * lanes from p on: the even ones and the odd.
+struct EvenOdd {
+  Vec<float> even, odd;
+};
+CNNK_INLINE EvenOdd load_even_odd(const float* p) {
+  const Vec<float> low = load(p), high = load(p + kLanes<float>);
+#if defined(__clang__)
+#define CNNK_SHUFFLE(...) __builtin_shufflevector(low, high, __VA_ARGS__)
+#else
+#define CNNK_SHUFFLE(...) __builtin_shuffle(low, high, Vec<int32_t>{__VA_ARGS__})
+#endif
+#if CNNK_VECTOR_BYTES == 64
+  return {CNNK_SHUFFLE(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          CNNK_SHUFFLE(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+#elif CNNK_VECTOR_BYTES == 32
+  return {CNNK_SHUFFLE(0, 2, 4, 6, 8, 10, 12, 14), CNNK_SHUFFLE(1, 3, 5, 7, 9, 11, 13, 15)};
+#else
+  return {CNNK_SHUFFLE(0, 2, 4, 6), CNNK_SHUFFLE(1, 3, 5, 7)};
+#endif
+#undef CNNK_SHUFFLE
 }

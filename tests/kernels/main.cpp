@@ -1,0 +1,354 @@
+// Checks every kernel on every instruction-set tier of this machine against
+// naive loops, without Python or torch.
+//
+//   usage: PROGRAM CASES SEED
+//
+// Tensors hold small integers, of which all sums are exact, so that results are
+// compared for equality and one missing product is seen. In float64 the integers
+// are scaled to need more bits than a float has. Some tensors hold infinities
+// and NaN, which must not leak into their neighbours.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "conversions.h"
+#include "kernels/conv2d_relu_max_pool2d.h"
+#include "kernels/gradient_step.h"
+#include "kernels/workspace.h"
+#include "problems.h"
+#include "reference.h"
+#include "support.h"
+#include "workspaces.h"
+
+namespace kernel_tests {
+namespace {
+
+using namespace cnnkernels;
+
+// Calls body(isa, pool) for every tier, on one thread and on several.
+template <class Body>
+void for_each_run(const std::string& context, Body&& body) {
+  for (const Isa isa : supported_isas()) {
+    for (const int threads : {1, isa == Isa::baseline ? 2 : 3}) {
+      set_context(std::string(isa_name(isa)) + ", " + std::to_string(threads) +
+                  " threads: " + context);
+      body(isa, thread_pool(threads));
+    }
+  }
+}
+
+// The tensors of a convolution, in memory and as doubles.
+struct Conv2dTensors {
+  Tensor input, weight, bias;
+  Dims input_strides, weight_strides, output_shape, output_strides;
+
+  Conv2dTensors(Random& random, const Conv2dProblem& p)
+      : input(random_tensor(random, {p.batch, p.in_channels, p.in_height, p.in_width}, p.dtype)),
+        weight(random_tensor(
+            random, {p.out_channels, p.in_channels / p.groups, p.kernel_height, p.kernel_width},
+            p.dtype)),
+        bias(random_tensor(random, {p.out_channels, 1, 1, 1}, p.dtype)),
+        input_strides(layout_strides(input.shape, p.layout)),
+        weight_strides{p.weight_stride_k, p.weight_stride_c, p.weight_stride_r, p.weight_stride_s},
+        output_shape{p.batch, p.out_channels, p.out_height, p.out_width},
+        output_strides(layout_strides(output_shape, p.layout)) {}
+};
+
+const Dims kBiasStrides = {1, 1, 1, 1};
+
+// Poisoned memory for gradients, of which some are not wanted.
+struct GradientMemory {
+  Memory input, weight, bias;
+  bool wants_input, wants_weight, wants_bias;
+
+  GradientMemory(Random& random, Element element, const Conv2dTensors& tensors)
+      : input(element, tensors.input.shape, tensors.input_strides),
+        weight(element, tensors.weight.shape, tensors.weight_strides),
+        bias(element, tensors.bias.shape, kBiasStrides),
+        wants_input(random.chance(80)),
+        wants_weight(random.chance(80)),
+        wants_bias(random.chance(80)) {}
+
+  void* input_data() const { return wants_input ? input.data() : nullptr; }
+  void* weight_data() const { return wants_weight ? weight.data() : nullptr; }
+  void* bias_data() const { return wants_bias ? bias.data() : nullptr; }
+
+  void expect_all(const Conv2dGradients& expected) const {
+    if (wants_input) expect_holds(input, expected.input, "gradient of the input");
+    if (wants_weight) expect_holds(weight, expected.weight, "gradient of the weight");
+    if (wants_bias) expect_holds(bias, expected.bias, "gradient of the bias");
+  }
+};
+
+void check_conv2d(Random& random) {
+  const Conv2dProblem p = random_conv2d(random);
+  const Element element = element_of(p.dtype);
+  Conv2dTensors tensors(random, p);
+  Tensor grad_output = random_tensor(random, tensors.output_shape, p.dtype);
+  if (random.chance(20)) add_specials(random, tensors.input, 2);
+  if (random.chance(10)) add_specials(random, grad_output, 1);
+  const bool with_bias = random.chance(60);
+  const Tensor output =
+      conv2d(p, tensors.input, tensors.weight, with_bias ? &tensors.bias : nullptr);
+  const Conv2dGradients gradients = conv2d_gradients(p, grad_output, tensors.input, tensors.weight);
+
+  const Memory input(element, tensors.input, tensors.input_strides);
+  const Memory weight(element, tensors.weight, tensors.weight_strides);
+  const Memory bias(element, tensors.bias, kBiasStrides);
+  const Memory grad_out(element, grad_output, tensors.output_strides);
+  for_each_run(describe(p), [&](Isa isa, const ThreadPool& pool) {
+    const Memory out(element, tensors.output_shape, tensors.output_strides);
+    conv2d_forward(p, isa, pool, input.data(), weight.data(), with_bias ? bias.data() : nullptr,
+                   out.data());
+    expect_holds(out, output, "output");
+    const GradientMemory to(random, element, tensors);
+    conv2d_backward(p, isa, pool, grad_out.data(), input.data(), weight.data(), to.input_data(),
+                    to.weight_data(), to.bias_data());
+    to.expect_all(gradients);
+  });
+}
+
+// An argmax that no window has must be refused.
+void check_refused(const MaxPool2dProblem& p, const Tensor& taps, Element element,
+                   Element tap_element, const Dims& in_shape) {
+  if (p.window() == 256) return;  // all bytes are taps
+  Tensor wrong = taps;
+  wrong.values.back() = p.compact_argmax() ? 255 : -1;
+  const Memory argmax(tap_element, wrong, layout_strides(taps.shape, p.layout));
+  const Memory in(element, in_shape, layout_strides(in_shape, p.layout));
+  const Memory out(element, taps.shape, layout_strides(taps.shape, p.layout));
+  const Memory indices(Element::int64, taps.shape, layout_strides(taps.shape, p.layout));
+  const auto refuses = [&](const char* name, const auto& call) {
+    bool thrown = false;
+    try {
+      call();
+    } catch (const std::invalid_argument&) {
+      thrown = true;
+    }
+    expect(thrown, std::string(name) + " takes an argmax that no window has");
+  };
+  const ThreadPool pool = thread_pool(1);
+  refuses("backward", [&] { max_pool2d_backward(p, pool, out.data(), argmax.data(), in.data()); });
+  refuses("gather", [&] { max_pool2d_gather(p, pool, in.data(), argmax.data(), out.data()); });
+  refuses("indices", [&] { max_pool2d_indices(p, pool, argmax.data(), indices.data<int64_t>()); });
+}
+
+void check_max_pool2d(Random& random) {
+  const MaxPool2dProblem p = random_max_pool2d(random);
+  const Element element = element_of(p.dtype);
+  const Element tap_element = p.compact_argmax() ? Element::uint8 : Element::int32;
+  Tensor x = random_tensor(random, {p.batch, p.channels, p.in_height, p.in_width}, p.dtype);
+  if (random.chance(50)) add_specials(random, x, element_count(x.shape) / 20);
+  if (random.chance(5)) x.values.assign(x.values.size(), -kInfinity);
+  const Dims in_strides = layout_strides(x.shape, p.layout);
+  const Pooled pooled = max_pool2d(p, x);
+  const Dims& shape = pooled.values.shape;
+  const Dims out_strides = layout_strides(shape, p.layout);
+  Tensor gradient = random_tensor(random, shape, p.dtype);
+  if (random.chance(20)) add_specials(random, gradient, 1);
+
+  Tensor grad_x(x.shape), gathered(shape), indices(shape);
+  const std::vector<int64_t> positions = winners(p, pooled.taps);
+  for (size_t i = 0; i < positions.size(); ++i) {
+    grad_x[positions[i]] += gradient.values[i];
+    gathered.values[i] = x[positions[i]];
+    indices.values[i] = static_cast<double>(positions[i] % (p.in_height * p.in_width));
+  }
+
+  const Memory input(element, x, in_strides);
+  const Memory grad_output(element, gradient, out_strides);
+  const Memory argmax(tap_element, pooled.taps, out_strides);
+  for_each_run(describe(p), [&](Isa isa, const ThreadPool& pool) {
+    const Memory values(element, shape, out_strides);
+    const Memory taps(tap_element, shape, out_strides);
+    const bool with_taps = random.chance(80);
+    max_pool2d_forward(p, isa, pool, input.data(), values.data(),
+                       with_taps ? taps.data() : nullptr);
+    expect_holds(values, pooled.values, "output");
+    if (with_taps) expect_holds(taps, pooled.taps, "argmax");
+    if (isa != Isa::baseline) return;  // what follows has one source for all tiers
+    const Memory grad_input(element, x.shape, in_strides);
+    max_pool2d_backward(p, pool, grad_output.data(), argmax.data(), grad_input.data());
+    expect_holds(grad_input, grad_x, "gradient of the input");
+    const Memory picked(element, shape, out_strides);
+    max_pool2d_gather(p, pool, input.data(), argmax.data(), picked.data());
+    expect_holds(picked, gathered, "gathered values");
+    const Memory flat(Element::int64, shape, out_strides);
+    max_pool2d_indices(p, pool, argmax.data(), flat.data<int64_t>());
+    expect_holds(flat, indices, "indices");
+  });
+  set_context(describe(p));
+  if (p.outputs() > 0) check_refused(p, pooled.taps, element, tap_element, x.shape);
+}
+
+// Where no gradient passes, any tap that lies in the image will do.
+void expect_block_taps(const MaxPool2dProblem& p, const Memory& taps, const Pooled& expected) {
+  Tensor actual = taps.read();
+  for (int64_t i = 0; i < element_count(actual.shape); ++i) {
+    if (!(expected.values[i] <= 0)) continue;
+    const int64_t at = i % (p.out_height * p.out_width);
+    const int64_t tap = static_cast<int64_t>(actual[i]);
+    if (tap_position(p, at / p.out_width, at % p.out_width, tap) != kOutside) {
+      actual[i] = expected.taps[i];
+    }
+  }
+  const Memory judged(taps.element(), actual, layout_strides(actual.shape, p.layout));
+  expect_holds(judged, expected.taps, "argmax");
+  expect(taps.guards_intact(), "argmax: written outside of the buffer");
+}
+
+void check_block(Random& random) {
+  const Conv2dReluMaxPool2dProblem p = random_block(random);
+  const Element element = element_of(p.conv.dtype);
+  const Element tap_element = p.pool.compact_argmax() ? Element::uint8 : Element::int32;
+  Conv2dTensors tensors(random, p.conv);
+  if (random.chance(20)) add_specials(random, tensors.input, 2);
+  const bool with_bias = random.chance(60);
+  const Tensor activations =
+      relu(conv2d(p.conv, tensors.input, tensors.weight, with_bias ? &tensors.bias : nullptr));
+  const Pooled pooled = max_pool2d(p.pool, activations);
+  const Dims& shape = pooled.values.shape;
+  const Dims strides = layout_strides(shape, p.conv.layout);
+  Tensor grad_output = random_tensor(random, shape, p.conv.dtype);
+  if (random.chance(10)) add_specials(random, grad_output, 1);
+  const Conv2dGradients gradients =
+      conv2d_relu_max_pool2d_gradients(p, grad_output, tensors.input, tensors.weight, pooled);
+
+  const Memory input(element, tensors.input, tensors.input_strides);
+  const Memory weight(element, tensors.weight, tensors.weight_strides);
+  const Memory bias(element, tensors.bias, kBiasStrides);
+  const Memory output(element, pooled.values, strides);
+  const Memory argmax(tap_element, pooled.taps, strides);
+  const Memory grad_out(element, grad_output, strides);
+  for_each_run(describe(p.conv) + ", " + describe(p.pool), [&](Isa isa, const ThreadPool& pool) {
+    const Memory values(element, shape, strides);
+    const Memory taps(tap_element, shape, strides);
+    const bool with_taps = random.chance(80);
+    conv2d_relu_max_pool2d_forward(p, isa, pool, input.data(), weight.data(),
+                                   with_bias ? bias.data() : nullptr, values.data(),
+                                   with_taps ? taps.data() : nullptr);
+    expect_holds(values, pooled.values, "output");
+    if (with_taps) expect_block_taps(p.pool, taps, pooled);
+    const GradientMemory to(random, element, tensors);
+    conv2d_relu_max_pool2d_backward(p, isa, pool, grad_out.data(), input.data(), weight.data(),
+                                    output.data(), argmax.data(), to.input_data(), to.weight_data(),
+                                    to.bias_data());
+    to.expect_all(gradients);
+  });
+}
+
+// Options of which every step is exact.
+StepOptions random_step_options(Random& random, DType dtype) {
+  StepOptions options;
+  options.lr = dtype == DType::float64 ? 0.125 + std::ldexp(1.0, -28) : 0.125;
+  options.momentum = random.chance(60) ? 0.5 : 0;
+  options.nesterov = random.chance(40);
+  options.dampening = !options.nesterov && random.chance(50) ? 0.25 : 0;
+  options.weight_decay = random.chance(50) ? 0.125 : 0;
+  options.maximize = random.chance(30);
+  options.first_step = random.chance(30);
+  options.unscale = random.chance(30);
+  options.grad_scale = options.unscale ? 4 : 1;
+  return options;
+}
+
+struct StepTensors {
+  Tensor param, grad, buffer;
+};
+
+StepTensors stepped(const StepTensors& from, const StepOptions& options) {
+  StepTensors to = from;
+  for (size_t i = 0; i < from.param.values.size(); ++i) {
+    double& grad = to.grad.values[i];
+    double& buffer = to.buffer.values[i];
+    if (options.unscale) grad /= options.grad_scale;
+    double direction = options.maximize ? -grad : grad;
+    direction += options.weight_decay * from.param.values[i];
+    if (options.momentum != 0) {
+      buffer = options.first_step ? direction
+                                  : options.momentum * buffer + (1 - options.dampening) * direction;
+      direction = options.nesterov ? direction + options.momentum * buffer : buffer;
+    }
+    to.param.values[i] -= options.lr * direction;
+  }
+  return to;
+}
+
+void check_gradient_step(Random& random) {
+  const DType dtype = random_dtype(random);
+  const Element element = element_of(dtype);
+  const StepOptions options = random_step_options(random, dtype);
+  const bool large = random.chance(5);  // enough for several threads
+  std::vector<StepTensors> before, after;
+  for (int64_t count = random.between(0, 5); count > 0; --count) {
+    const Dims shape = {random.chance(5) ? 0 : random.between(1, large ? 40000 : 100), 1, 1, 1};
+    // Not random_tensor, whose scale would cost bits that the steps need.
+    StepTensors tensors = {Tensor(shape), Tensor(shape), Tensor(shape)};
+    for (Tensor* const tensor : {&tensors.param, &tensors.grad, &tensors.buffer}) {
+      *tensor = random_tensor(random, shape, DType::float32, 64);
+    }
+    if (options.first_step) {
+      tensors.buffer.values.assign(tensors.buffer.values.size(), std::nan(""));
+    }
+    after.push_back(stepped(tensors, options));
+    before.push_back(std::move(tensors));
+  }
+  std::ostringstream context;
+  context << "gradient_step " << describe(dtype, Layout::nchw) << " momentum " << options.momentum
+          << " nesterov " << options.nesterov << " dampening " << options.dampening
+          << " weight_decay " << options.weight_decay << " maximize " << options.maximize
+          << " first_step " << options.first_step << " unscale " << options.unscale << " elements";
+  for (const StepTensors& tensors : before) context << ' ' << tensors.param.values.size();
+  for_each_run(context.str(), [&](Isa isa, const ThreadPool& pool) {
+    std::vector<std::unique_ptr<Memory>> memory;
+    std::vector<StepTensor> list;
+    for (const StepTensors& tensors : before) {
+      for (const Tensor* const tensor : {&tensors.param, &tensors.grad, &tensors.buffer}) {
+        memory.push_back(std::make_unique<Memory>(element, *tensor, kBiasStrides));
+      }
+      const std::unique_ptr<Memory>* const last = &memory.back();
+      list.push_back({last[-2]->data(), last[-1]->data(),
+                      options.momentum != 0 ? last[0]->data() : nullptr,
+                      element_count(tensors.param.shape)});
+    }
+    gradient_step(dtype, isa, pool, list, options);
+    for (size_t i = 0; i < after.size(); ++i) {
+      expect_holds(*memory[3 * i], after[i].param, "parameter");
+      expect_holds(*memory[3 * i + 1], after[i].grad, "gradient");
+      expect_holds(*memory[3 * i + 2], after[i].buffer, "momentum buffer");
+    }
+  });
+}
+
+}  // namespace
+}  // namespace kernel_tests
+
+int main(int argc, char** argv) {
+  using namespace kernel_tests;
+  if (argc != 3) {
+    std::fprintf(stderr, "usage: %s CASES SEED\n", argv[0]);
+    return 2;
+  }
+  const long cases = std::atol(argv[1]);
+  Random random(std::strtoull(argv[2], nullptr, 10));
+  cnnkernels::poison_workspaces(true);
+  check_conversions();
+  check_workspaces();
+  for (long i = 0; i < cases; ++i) {
+    check_conv2d(random);
+    check_max_pool2d(random);
+    check_block(random);
+    check_gradient_step(random);
+  }
+  std::printf("tiers:");
+  for (const cnnkernels::Isa isa : cnnkernels::supported_isas()) {
+    std::printf(" %s", cnnkernels::isa_name(isa));
+  }
+  std::printf("\nchecks: %lld\nfailures: %lld\n", static_cast<long long>(checks()),
+              static_cast<long long>(failures()));
+  return failures() == 0 ? 0 : 1;
+}

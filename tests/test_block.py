@@ -1,0 +1,191 @@
+"""The fused block against its three torch calls, with float64 as the judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accuracy import compare
+from conftest import runs_kernel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from cnnkernels import functional
+
+pytestmark = pytest.mark.usefixtures("isa", "poisoned")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+# (batch, in_channels, height, width, out_channels, kernel, arguments)
+SHAPES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]] = [
+    (1, 1, 32, 32, 6, (3, 3), {}),
+    (2, 6, 15, 15, 16, (3, 3), {}),
+    *[(1, 2, 6, width, 5, (3, 2), {}) for width in (*range(3, 20), 33, 34, 35, 66)],
+    *[(2, 3, 7, 8, channels, (3, 3), {"padding": 1}) for channels in (*range(1, 9), 13)],
+    (2, 3, 17, 19, 5, (3, 3), {"stride": 2, "padding": 1}),
+    (2, 3, 17, 19, 5, (3, 3), {"stride": 3}),
+    (2, 3, 17, 19, 5, (3, 3), {"dilation": 2}),
+    (2, 3, 17, 19, 5, (3, 3), {"dilation": (1, 3), "stride": (2, 3), "padding": 2}),
+    (2, 6, 9, 12, 8, (3, 3), {"groups": 2, "padding": 1}),
+    (2, 6, 9, 12, 6, (3, 3), {"groups": 6}),
+    (1, 20, 8, 9, 4, (3, 3), {}),
+    (2, 3, 30, 32, 8, (7, 7), {"stride": 2, "padding": 3, "pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}),
+    (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 3}),
+    (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 3, "pool_stride": 1, "pool_padding": 1}),
+    (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 2, "pool_stride": 2, "pool_ceil_mode": True, "padding": (0, 1)}),
+    (2, 3, 13, 13, 4, (3, 3), {"pool_kernel_size": (2, 3), "pool_stride": (3, 2), "pool_padding": (1, 0)}),
+    (2, 3, 20, 21, 4, (3, 3), {"pool_kernel_size": 3, "pool_dilation": 2}),
+    (1, 2, 24, 25, 3, (3, 3), {"pool_kernel_size": 18}),
+]  # fmt: skip
+
+
+def torch_block(input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    pool = {n.removeprefix("pool_"): v for n, v in options.items() if n.startswith("pool_")}
+    conv = {n: v for n, v in options.items() if not n.startswith("pool_")}
+    return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, **conv)), **{"kernel_size": 2, **pool})
+
+
+def integers(
+    shape: tuple[Any, ...], dtype: torch.dtype, memory_format: torch.memory_format
+) -> list[Tensor | None]:
+    """Arguments whose convolution is exact in every dtype, so that the winners are torch's."""
+    batch, channels, height, width, out, kernel, options = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randint(-2, 3, size, generator=generator).to(dtype)
+
+    input = draw(batch, channels, height, width).contiguous(memory_format=memory_format)
+    weight = draw(out, channels // options.get("groups", 1), *kernel)
+    return [input, weight, draw(out)]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Exact values with many ties: the first of equal winners must get the gradient."""
+    for number, shape in enumerate(SHAPES):
+        arguments = integers(shape, dtype, memory_format)
+        if number % 3 == 0:
+            arguments[2] = None
+        with runs_kernel("conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"):
+            compare(
+                lambda x, w, b=None, o=shape[-1]: functional.conv2d_relu_max_pool2d(x, w, b, **o),
+                lambda x, w, b=None, o=shape[-1]: torch_block(x, w, b, **o),
+                arguments,
+                f"{shape} {dtype} {memory_format}",
+            )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    groups = data.draw(st.integers(1, 2), "groups")
+    kernel, stride, dilation, pool_kernel, pool_stride = (
+        data.draw(pair, name) for name in ("kernel", "stride", "dilation", "pool", "pool stride")
+    )
+    padding = data.draw(st.tuples(st.integers(0, 2), st.integers(0, 2)), "padding")
+    pool_padding = tuple(data.draw(st.integers(0, k // 2)) for k in pool_kernel)
+    sizes = []
+    for i in range(2):
+        conv_least = max(1, pool_kernel[i] - 2 * pool_padding[i])
+        reach = (conv_least - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
+        sizes.append(data.draw(st.integers(max(1, reach - 2 * padding[i]), reach + 16), "size"))
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "pool_kernel_size": pool_kernel,
+        "pool_stride": pool_stride,
+        "pool_padding": pool_padding,
+        "pool_ceil_mode": data.draw(st.booleans(), "ceil"),
+    }
+    shape = (
+        data.draw(st.integers(1, 3)),
+        groups * data.draw(st.integers(1, 4)),
+        *sizes,
+        groups * data.draw(st.integers(1, 7)),
+        kernel,
+        options,
+    )
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    arguments = integers(shape, dtype, data.draw(st.sampled_from(FORMATS), "format"))
+    compare(
+        lambda x, w, b: functional.conv2d_relu_max_pool2d(x, w, b, **options),
+        lambda x, w, b: torch_block(x, w, b, **options),
+        arguments,
+        str(shape),
+    )
+
+
+def test_rounded_values_are_as_close_as_torch() -> None:
+    for shape in SHAPES:
+        batch, channels, height, width, out, kernel, options = shape
+        generator = torch.Generator().manual_seed(3)
+        input = torch.randn(batch, channels, height, width, generator=generator)
+        weight = torch.randn(
+            out, channels // options.get("groups", 1), *kernel, generator=generator
+        )
+        ours = functional.conv2d_relu_max_pool2d(input, weight, None, **options)
+        theirs = torch_block(input, weight, None, **options)
+        truth = torch_block(input.double(), weight.double(), None, **options)
+        roundoff = 2 * 2.0**-24 * max(1.0, truth.norm().item())
+        assert (ours - truth).norm() <= max(2 * (theirs - truth).norm().item(), roundoff), shape
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_threads(threads: int, memory_format: torch.memory_format) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for options in ({}, {"pool_kernel_size": 3, "pool_stride": 2}):
+            shape = (7, 3, 40, 42, 14, (3, 3), options)
+            arguments = integers(shape, torch.float32, memory_format)
+            compare(
+                lambda x, w, b, o=options: functional.conv2d_relu_max_pool2d(x, w, b, **o),
+                lambda x, w, b, o=options: torch_block(x, w, b, **o),
+                arguments,
+                f"{threads} threads",
+            )
+            leaves = [t.clone().requires_grad_() for t in arguments if t is not None]
+            results = []
+            for _ in range(2):
+                output = functional.conv2d_relu_max_pool2d(*leaves, **options)
+                results.append(torch.autograd.grad(output.square().sum(), leaves))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_and_infinite_gradients_stay_where_torch_has_them() -> None:
+    for width in range(6, 20):
+        input, weight = torch.randn(1, 2, 8, width), torch.randn(3, 2, 3, 3)
+        input[0, 0, 4, width - 1] = float("nan")
+        ours = functional.conv2d_relu_max_pool2d(input, weight)
+        theirs = torch_block(input, weight, None)
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        input = torch.randn(1, 2, 8, width)
+        x, y = input.clone().requires_grad_(), input.clone().requires_grad_()
+        ours, theirs = functional.conv2d_relu_max_pool2d(x, weight), torch_block(y, weight, None)
+        grad = torch.randn_like(theirs)
+        grad[0, 1, 1, -1] = float("inf")
+        ours.backward(grad)
+        theirs.backward(grad)
+        assert x.grad is not None and y.grad is not None
+        assert torch.equal(x.grad.isfinite(), y.grad.isfinite())
+
+
+def test_gradient_of_a_zero_output_is_zero() -> None:
+    input = torch.ones(1, 1, 4, 4, requires_grad=True)
+    weight = -torch.ones(1, 1, 1, 1)
+    output = functional.conv2d_relu_max_pool2d(input, weight)
+    assert output.eq(0).all()
+    output.backward(torch.ones_like(output))
+    assert input.grad is not None and input.grad.eq(0).all()

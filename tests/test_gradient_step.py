@@ -1,0 +1,163 @@
+"""gd_step_ and sgd_step_ against torch.optim and float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import runs_kernel
+from torch import Tensor
+
+from cnnkernels import optim
+
+pytestmark = pytest.mark.usefixtures("isa", "poisoned")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZES: list[tuple[int, ...]] = [(), (1,), (3,), (7,), (8,), (17,), (64,), (5, 1, 3, 3), (0,), (1003,)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3},
+    {"momentum": 0.9, "nesterov": True},
+    {"weight_decay": 0.1},
+    {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+    {"maximize": True},
+]
+
+
+def parameters(dtype: torch.dtype, sizes: list[tuple[int, ...]] = SIZES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in sizes]
+
+
+def run(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], steps: int = 3
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in params:
+            gradient = torch.randn(p.shape, generator=generator)
+            # The same numbers for every dtype, exact in all of them.
+            p.grad = (gradient * 8).round().div(8).to(p.dtype).contiguous()
+        optimizer.step()
+    return params
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sgd_against_float64(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    start = [p.detach().clone() for p in parameters(dtype)]
+    doubles = [p.double().clone().requires_grad_() for p in start]
+    truth = run(torch.optim.SGD(doubles, lr=0.1, **options), doubles)
+    ours = [p.clone().requires_grad_() for p in start]
+    with runs_kernel("sgd_step_"):
+        run(optim.SGD(ours, lr=0.1, **options), ours)
+    tolerance = {
+        torch.float64: 1e-14,
+        torch.float32: 3e-6,
+        torch.bfloat16: 4e-2,
+        torch.float16: 5e-3,
+    }[dtype]
+    for mine, true, first in zip(ours, truth, start, strict=True):
+        torch.testing.assert_close(mine.double(), true.double(), rtol=tolerance, atol=tolerance)
+        if mine.numel() > 8:
+            # Every block of a vector is stepped, in 16-bit types too.
+            assert (mine != first).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_simple_gd(dtype: torch.dtype) -> None:
+    params, others = parameters(dtype), parameters(dtype)
+    with runs_kernel("gd_step_"):
+        run(optim.SimpleGD(params, lr=0.25), params)
+    run(torch.optim.SGD(others, lr=0.25), others)
+    for mine, torchs in zip(params, others, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=2e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chunks_and_threads(threads: int) -> None:
+    """Lists long enough for parallel chunks, with borders of tensors anywhere in them."""
+    sizes: list[tuple[int, ...]] = [(4095,), (1,), (4097,), (100_001,), (13,), (40_000,)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for options in ({}, {"momentum": 0.9, "nesterov": True}):
+            ours, theirs = parameters(torch.float64, sizes), parameters(torch.float64, sizes)
+            run(optim.SGD(ours, lr=0.1, **options), ours)
+            run(torch.optim.SGD(theirs, lr=0.1, **options), theirs)
+            for mine, torchs in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, torchs, rtol=1e-14, atol=1e-14)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_orders() -> None:
+    """Equal strides step in place; other strides take torch's operations."""
+    orders = {
+        "channels_last": torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last),
+        "transposed": torch.randn(6, 7).t(),
+        "sliced": torch.randn(6, 14)[:, ::2],
+    }
+    for (name, param), same in itertools.product(orders.items(), [True, False]):
+        start = param.clone(memory_format=torch.preserve_format)
+        storage = param if name == "sliced" else start
+        gradient = torch.randn_like(param)
+        if not same:
+            gradient = gradient.contiguous()
+        expected = storage - 0.5 * gradient
+        torch.ops.cnnkernels.gd_step_([storage], [gradient], 0.5)
+        torch.testing.assert_close(storage, expected, msg=f"{name} {same}")
+
+
+def test_versions_are_bumped() -> None:
+    param, gradient, buffer = torch.ones(4), torch.ones(4), torch.ones(4)
+    torch.ops.cnnkernels.gd_step_([param], [gradient], 0.1)
+    assert param._version == 1
+    assert gradient._version == 0
+    torch.ops.cnnkernels.sgd_step_(
+        [param], [gradient], [buffer], weight_decay=0.0, momentum=0.9, lr=0.1, dampening=0.0,
+        nesterov=False, maximize=False, is_first_step=False, grad_scale=torch.tensor(2.0),
+    )  # fmt: skip
+    assert (param._version, gradient._version, buffer._version) == (2, 1, 1)
+
+
+def test_saved_parameter_is_noticed() -> None:
+    param = torch.ones(4, requires_grad=True)
+    loss = (param * param).sum()
+    with torch.no_grad():
+        torch.ops.cnnkernels.gd_step_([param], [torch.ones(4)], 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_scaling_and_found_inf() -> None:
+    def step(found: float) -> tuple[Tensor, Tensor]:
+        param, gradient = torch.ones(20), torch.full((20,), 4.0)
+        torch.ops.cnnkernels.sgd_step_(
+            [param], [gradient], [], weight_decay=0.0, momentum=0.0, lr=1.0, dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False,
+            grad_scale=torch.tensor(8.0), found_inf=torch.tensor(found),
+        )  # fmt: skip
+        return param, gradient
+
+    param, gradient = step(0.0)
+    assert param.eq(0.5).all() and gradient.eq(0.5).all()
+    param, gradient = step(1.0)
+    assert param.eq(1).all() and gradient.eq(4).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "grads", "message"),
+    [
+        ([torch.ones(3)], [torch.ones(4)], r"grads\[0\]"),
+        ([torch.ones(3)], [], "grads must have as many"),
+        ([torch.ones(3, requires_grad=True)], [torch.ones(3)], r"params\[0\] requires grad"),
+    ],
+)
+def test_bad_lists(params: list[Tensor], grads: list[Tensor], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.cnnkernels.gd_step_(params, grads, 0.1)
+    assert all(p.detach().eq(1).all() for p in params)
