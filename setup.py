@@ -78,7 +78,10 @@ def limit_jobs() -> None:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        memory = cores * BYTES_PER_JOB
     os.environ.setdefault("MAX_JOBS", str(max(1, min(cores, memory // BYTES_PER_JOB))))
 
 

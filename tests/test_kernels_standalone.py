@@ -27,7 +27,7 @@ EXACT_WORKSPACES = PROGRAM / "exact_workspaces.cpp"
 FLAGS = shlex.split("-std=c++17 -DCNNK_EMULATE_AVX512 -Wall -Wextra -Werror -Wno-psabi -pthread")
 # The numbers are independent of optimisation, what the optimiser makes of a mistake is not: the
 # kernels are compiled as they are for the package.
-KERNEL_FLAGS = "-O2 -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+KERNEL_FLAGS = shlex.split("-O2 -fno-math-errno -fno-trapping-math -ffp-contract=fast")
 # What is left out costs most of the compile time and finds what AddressSanitizer finds.
 SANITIZE = shlex.split(
     "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined "

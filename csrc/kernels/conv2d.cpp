@@ -41,7 +41,8 @@ Conv2dPlan direct_plan(const Conv2dProblem& problem, Isa isa, int threads, int64
 
 Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
   const int64_t packed_plane =
-      (problem.out_height + problem.kernel_height) * (problem.out_width + problem.kernel_width);
+      (problem.out_height + (problem.kernel_height - 1) * problem.dilation_h) *
+      (problem.out_width + (problem.kernel_width - 1) * problem.dilation_w);
   return direct_plan(problem, isa, threads, problem.out_channels * packed_plane,
                      problem.in_channels / problem.groups,
                      ceil_div(problem.in_height, problem.stride_h));

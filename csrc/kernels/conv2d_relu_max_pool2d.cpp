@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_relu_max_pool2d.h"
 
 namespace cnnkernels {
@@ -33,7 +34,9 @@ Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dPro
       plan.threads == 1 ? 1 : ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, other_tasks));
   plan.rows_per_task = std::max<int64_t>(1, ceil_div(window.out_height, blocks));
   if (!plan.pool_in_registers) plan.rows_per_task = std::min(plan.rows_per_task, cached_rows);
-  plan.workspace_bytes = conv.workspace_bytes;
+  plan.workspace_bytes = plan.images_per_chunk * problem.conv.in_channels *
+                         packed_input(problem.conv, problem.conv.stride_w).plane() *
+                         accumulator_size(problem.conv.dtype);
   return plan;
 }
 

@@ -66,6 +66,17 @@ class Conv2dFunction : public torch::autograd::Function<Conv2dFunction> {
   }
 };
 
+// Puts the wanted ones of three tensors in their places.
+template <class Mask>
+variable_list spread(const variable_list& wanted, const Mask& mask) {
+  variable_list all(3);
+  size_t next = 0;
+  for (size_t i = 0; i < 3; ++i) {
+    if (mask[i]) all[i] = wanted[next++];
+  }
+  return all;
+}
+
 class Conv2dBackwardFunction : public torch::autograd::Function<Conv2dBackwardFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output,
@@ -77,14 +88,22 @@ class Conv2dBackwardFunction : public torch::autograd::Function<Conv2dBackwardFu
     ctx->save_for_backward({grad_output, input, weight});
     save_conv(ctx, stride, padding, dilation, groups);
     ctx->set_materialize_grads(false);
+    ctx->saved_data["wanted"] = c10::List<bool>({output_mask[0], output_mask[1], output_mask[2]});
     auto [grad_input, grad_weight, grad_bias] = ops::conv2d_backward(
         grad_output, input, weight, stride, padding, dilation, groups, output_mask);
-    return {grad_input, grad_weight, grad_bias};
+    // Autograd takes no undefined outputs: only the wanted ones are returned.
+    variable_list results;
+    for (const at::Tensor& gradient : {grad_input, grad_weight, grad_bias}) {
+      if (gradient.defined()) results.push_back(gradient);
+    }
+    return results;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& wanted_gradients) {
     const variable_list saved = ctx->get_saved_variables();
     const SavedConv arguments(ctx);
+    const variable_list gradients =
+        spread(wanted_gradients, ctx->saved_data["wanted"].toBoolList());
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
     };
@@ -130,7 +149,8 @@ ops::TensorTriple autograd_conv2d_backward(const at::Tensor& grad_output, const 
     const variable_list gradients = Conv2dBackwardFunction::apply(
         grad_output, input, weight, at::IntArrayRef(a.stride), at::IntArrayRef(a.padding),
         at::IntArrayRef(a.dilation), groups, output_mask);
-    return {gradients[0], gradients[1], gradients[2]};
+    const variable_list all = spread(gradients, output_mask);
+    return {all[0], all[1], all[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return ops::conv2d_backward(grad_output, input, weight, stride, padding, dilation, groups,

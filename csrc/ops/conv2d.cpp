@@ -134,13 +134,12 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
               "conv2d_backward: grad_output must have input's dtype ", input.scalar_type(),
               ", but got ", gradient.scalar_type());
   const at::MemoryFormat format = memory_format(problem.layout);
-  const at::MemoryFormat weight_format = weight.suggest_memory_format();
-  const at::Tensor weight_values = weight.contiguous(weight_format);
+  const at::Tensor weight_values = weight.contiguous(format);
 
   at::Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) grad_input = at::empty(images.sizes(), input.options(), format);
   if (output_mask[1]) {
-    grad_weight = at::empty(weight.sizes(), weight.options(), weight_format);
+    grad_weight = at::empty(weight.sizes(), weight.options(), format);
   }
   if (output_mask[2]) grad_bias = at::empty({problem.out_channels}, weight.options());
   if (problem.batch == 0) {

@@ -91,6 +91,14 @@ void step(const char* op, at::TensorList params, at::TensorList grads,
         (!buffer.defined() || (not_native(buffer).empty() &&
                                buffer.scalar_type() == param.scalar_type() &&
                                same_order(param, buffer)));
+    // Neither a raw pointer nor an operation below autograd leaves a trace:
+    // without this a saved parameter would give wrong gradients in silence.
+    const auto bump = [](const at::Tensor& tensor) {
+      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    };
+    bump(param);
+    if (buffer.defined()) bump(buffer);
+    if (options.unscale) bump(grad);
     if (!native) {
       composed_step(param, grad, buffer, options);
       continue;
@@ -100,14 +108,6 @@ void step(const char* op, at::TensorList params, at::TensorList grads,
         {param.mutable_data_ptr(),
          options.unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()),
          buffer.defined() ? buffer.mutable_data_ptr() : nullptr, param.numel()});
-    // A raw pointer leaves no trace for autograd: without this a saved
-    // parameter would give wrong gradients in silence.
-    const auto bump = [](const at::Tensor& tensor) {
-      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-    };
-    bump(param);
-    if (buffer.defined()) bump(buffer);
-    if (options.unscale) bump(grad);
   }
   for (int dtype = 0; dtype < kDTypes; ++dtype) {
     if (lists[dtype].empty()) continue;

@@ -20,9 +20,9 @@ Dims random_strides(Random& random, const Dims& shape) {
 
 // One axis of a convolution. Padding may exceed the kernel, and differ before
 // and after the image.
-void random_conv2d_axis(Random& random, int64_t in, int64_t& out, int64_t& kernel, int64_t& stride,
-                        int64_t& pad, int64_t& dilation) {
-  kernel = random.chance(5) ? random.between(6, 9) : random.between(1, 4);
+void random_conv2d_axis(Random& random, bool large_kernel, int64_t in, int64_t& out,
+                        int64_t& kernel, int64_t& stride, int64_t& pad, int64_t& dilation) {
+  kernel = large_kernel ? random.between(5, 9) : random.between(1, 4);
   stride = random.chance(50) ? 1 : random.between(1, 4);
   dilation = random.chance(70) ? 1 : random.between(2, 3);
   pad = random.chance(40) ? 0 : random.between(0, kernel);
@@ -35,8 +35,9 @@ Conv2dProblem draw_conv2d(Random& random) {
   Conv2dProblem p = {};
   p.dtype = random_dtype(random);
   p.layout = random.chance(50) ? Layout::nchw : Layout::nhwc;
-  int64_t group_in = random.between(1, 10);
-  int64_t group_out = random.between(1, 14);
+  bool large_kernel = random.chance(5);
+  int64_t group_in = random.chance(40) ? random.between(1, 3) : random.between(1, 10);
+  int64_t group_out = random.chance(40) ? random.between(1, 3) : random.between(1, 14);
   p.groups = random.chance(60) ? 1 : random.between(2, 4);
   p.batch = random.chance(3) ? 0 : random.between(1, 3);
   p.in_height = random.between(1, 14);
@@ -58,15 +59,20 @@ Conv2dProblem draw_conv2d(Random& random) {
       p.groups = random.between(5, 20);
       group_in = group_out = 1;
       break;
+    case 3:  // more taps than are summed at once
+      large_kernel = true;
+      p.in_height = random.between(5, 24);
+      p.in_width = random.between(5, 24);
+      break;
     default:
       break;
   }
   p.in_channels = p.groups * group_in;
   p.out_channels = p.groups * group_out;
-  random_conv2d_axis(random, p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top,
-                     p.dilation_h);
-  random_conv2d_axis(random, p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left,
-                     p.dilation_w);
+  random_conv2d_axis(random, large_kernel, p.in_height, p.out_height, p.kernel_height, p.stride_h,
+                     p.pad_top, p.dilation_h);
+  random_conv2d_axis(random, large_kernel, p.in_width, p.out_width, p.kernel_width, p.stride_w,
+                     p.pad_left, p.dilation_w);
   const Dims strides =
       random_strides(random, {p.out_channels, group_in, p.kernel_height, p.kernel_width});
   p.weight_stride_k = strides[0];
@@ -109,7 +115,7 @@ bool draw_windows(Random& random, MaxPool2dProblem& p) {
 }  // namespace
 
 Tensor random_tensor(Random& random, const Dims& shape, DType dtype, int64_t limit) {
-  const double scale = dtype == DType::float64 ? 4097 : 1;
+  const double scale = dtype == DType::float64 ? 4097 : 0.25;
   Tensor tensor(shape);
   for (double& value : tensor.values) {
     value = scale * static_cast<double>(random.between(-limit, limit));

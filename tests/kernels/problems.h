@@ -13,8 +13,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 DType random_dtype(Random& random);
 
-// Integers of at most `limit`, of which all sums are exact; in float64 scaled so
-// that they need more bits than a float has.
+// Quarters of integers of at most `limit`, of which all sums are exact; in float64
+// integers, scaled so that they need more bits than a float has.
 Tensor random_tensor(Random& random, const Dims& shape, DType dtype, int64_t limit = 4);
 
 // Replaces `count` elements by infinities and NaN.

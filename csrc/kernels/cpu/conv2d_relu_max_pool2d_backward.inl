@@ -89,40 +89,65 @@ struct WinnerGradient {
   A gradient;
 };
 
+// From pooling windows to patches.
+struct PatchOffsets {
+  WinnerPositions positions;
+  std::vector<int64_t> taps;     // of the patch of each tap, from the window's first
+  int64_t row_step, column_step;  // from one convolution output to the next
+  int64_t passes;
+
+  PatchOffsets(const Conv2dReluMaxPool2dProblem& problem, const PixelRows& pixels)
+      : positions(problem.pool),
+        row_step(problem.conv.stride_h * pixels.row()),
+        column_step(problem.conv.stride_w * pixels.channels) {
+    const MaxPool2dProblem& window = problem.pool;
+    for (int64_t r = 0; r < window.kernel_height; ++r) {
+      for (int64_t s = 0; s < window.kernel_width; ++s) {
+        taps.push_back(r * window.dilation_h * row_step + s * window.dilation_w * column_step);
+      }
+    }
+    // Neighbours in a row have overlapping patches, and a load that spans
+    // several recent stores stalls until they reach the cache. So a row is
+    // visited in passes of windows whose patches do not overlap.
+    const Conv2dProblem& conv = problem.conv;
+    const int64_t footprint = (window.kernel_width - 1) * window.dilation_w * conv.stride_w +
+                              (conv.kernel_width - 1) * conv.dilation_w + 1;
+    passes = ceil_div(footprint, window.stride_w * conv.stride_w);
+  }
+};
+
 // The winners of one output channel of one image that pass a gradient.
-//
-// Neighbours in a row have overlapping patches, and a load that spans several
-// recent stores stalls until they reach the cache. So a row is visited in
-// `passes` of windows whose patches do not overlap.
 template <class T, class Tap>
-void collect_winners(const Conv2dReluMaxPool2dProblem& problem, const PixelRows& pixels,
-                     const WinnerPositions& positions, int64_t passes, const T* grad_output, const T* output, const Tap* argmax, int64_t pixel_step,
+void collect_winners(const MaxPool2dProblem& window, const PatchOffsets& patches,
+                     const T* grad_output, const T* output, const Tap* argmax, int64_t pixel_step,
                      std::vector<WinnerGradient<Accumulator<T>>>& winners) {
   using A = Accumulator<T>;
-  const Conv2dProblem& conv = problem.conv;
-  const MaxPool2dProblem& window = problem.pool;
   winners.resize(static_cast<size_t>(window.out_height * window.out_width));
-  size_t count = 0;
-  const auto visit_row = [&](int64_t y, int64_t first) {
-    for (int64_t x = first; x < window.out_width; x += passes) {
-      const int64_t at = (y * window.out_width + x) * pixel_step;
-      const InputPosition winner = positions(y, x, static_cast<int64_t>(argmax[at]));
-      const A gradient = widen(grad_output[at]);
-      // Written always, kept only if it passes: a branch here would be taken
-      // at random.
-      winners[count] = {winner.y * conv.stride_h * pixels.row() +
-                            winner.x * conv.stride_w * pixels.channels,
-                        gradient};
-      const bool passes_gradient = !(widen(output[at]) <= A{0}) & !(gradient == A{0});
-      count += static_cast<size_t>(passes_gradient);
-    }
-  };
+  WinnerGradient<A>* next = winners.data();
+  const size_t tap_count = patches.taps.size();
+  const int64_t reach_h = (window.kernel_height - 1) * window.dilation_h;
+  const int64_t reach_w = (window.kernel_width - 1) * window.dilation_w;
   for (int64_t y = 0; y < window.out_height; ++y) {
-    for (int64_t first = 0; first < std::min(passes, window.out_width); ++first) {
-      visit_row(y, first);
+    const int64_t start_y = y * window.stride_h - window.pad_top;
+    const bool inside_h = start_y >= 0 && start_y + reach_h < window.in_height;
+    for (int64_t first = 0; first < std::min(patches.passes, window.out_width); ++first) {
+      for (int64_t x = first; x < window.out_width; x += patches.passes) {
+        const int64_t at = (y * window.out_width + x) * pixel_step;
+        const int64_t start_x = x * window.stride_w - window.pad_left;
+        const size_t tap = static_cast<size_t>(argmax[at]);
+        // A tap of a window that lies inside is inside; others are looked up.
+        const bool inside = inside_h & (start_x >= 0) & (start_x + reach_w < window.in_width);
+        if (!inside || tap >= tap_count) patches.positions(y, x, static_cast<int64_t>(argmax[at]));
+        const A gradient = widen(grad_output[at]);
+        // Written always, kept only if it passes: a branch here would be taken
+        // at random.
+        *next = {start_y * patches.row_step + start_x * patches.column_step + patches.taps[tap],
+                 gradient};
+        next += !(widen(output[at]) <= A{0}) & !(gradient == A{0});
+      }
     }
   }
-  winners.resize(count);
+  winners.resize(static_cast<size_t>(next - winners.data()));
 }
 
 // sums[i] += g * source[offset + i] over the winners, for NV vectors of a run.
@@ -209,10 +234,7 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
   const int64_t outputs = window.out_height * window.out_width;
   const int64_t output_image = conv.out_channels * outputs;
   const int64_t pixel_step = nchw ? 1 : conv.out_channels;
-  const WinnerPositions positions(window);
-  const int64_t footprint = (window.kernel_width - 1) * window.dilation_w * conv.stride_w +
-                            (conv.kernel_width - 1) * conv.dilation_w + 1;
-  const int64_t passes = ceil_div(footprint, window.stride_w * conv.stride_w);
+  const PatchOffsets patches(problem, pixels);
 
   // Multiply-adds if every window passes a gradient.
   const int64_t work = conv.batch * output_image * runs.size();
@@ -263,8 +285,8 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
         if (grad_input != nullptr) std::fill_n(gradient, image_count, A{0});
         for (int64_t k = 0; k < conv.out_channels; ++k) {
           const int64_t at = n * output_image + (nchw ? k * outputs : k);
-          collect_winners(problem, pixels, positions, passes, grad_output + at, output + at,
-                          argmax + at, pixel_step, winners);
+          collect_winners(window, patches, grad_output + at, output + at, argmax + at, pixel_step,
+                          winners);
           const int64_t group = k / group_out * pixels.group();
           if (grad_bias != nullptr) {
             A sum = 0;

@@ -30,7 +30,7 @@ struct PooledRow {
 };
 
 template <class A, int KB>
-void pooled_span(const PooledRow<A>& pooled, int64_t k, int64_t x) {
+__attribute__((noinline)) void pooled_span(const PooledRow<A>& pooled, int64_t k, int64_t x) {
   constexpr int64_t lanes = kLanes<A>;
   const DirectRow<A>& row = pooled.row;
   const A* source[4];
@@ -44,6 +44,7 @@ void pooled_span(const PooledRow<A>& pooled, int64_t k, int64_t x) {
     // The bias comes before the comparison, whose ties depend on its rounding.
     const Vec<A> bias = row.bias != nullptr ? broadcast(row.bias[k + i]) : Vec<A>{};
     Winner<A> winner = {total[i][0] + bias, Vec<Mask<A>>{}};
+#pragma GCC unroll 4
     for (int p = 1; p < 4; ++p) challenge<A>(winner, total[i][p] + bias, static_cast<Mask<A>>(p));
     const int64_t at = row.out_at + (k + i) * row.out_channel_step + x * row.out_lane_step;
     store_out<A>(row.dtype, row.out, at, relu<A>(winner.value), count, row.out_lane_step);

@@ -2,14 +2,14 @@
 //
 // KB output channels by P vectors of output pixels live in registers; each tap
 // loads P source vectors and broadcasts KB weights for KB*P multiply-adds. The
-// tile is as tall as the register file allows (see tile_channels): 4x3 or 6x2
+// tile is as tall as the register file allows (kMaxTileChannels): 4x3 or 6x2
 // of 16 registers, 8x3 of 32, so that loads stay below the multiply-adds that
 // hide them.
 //
 // Sums are taken in blocks of at most kSumLength products, then added up: the
 // rounding error of a float sum grows with the length of its chain.
 
-constexpr int64_t kSumLength = 32;
+constexpr int64_t kSumLength = 64;
 
 template <class A>
 struct TileWeights {
@@ -51,19 +51,45 @@ CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& s
           const A* const tap_weight = weight + shape.taps[t].weight;
           const int64_t offset = c * shape.plane + shape.taps[t].source;
           const int64_t odd_offset = P == 4 ? c * shape.plane + shape.odd_taps[t].source : offset;
-          Vec<A> x[P];
-#pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) x[p] = load(source[p] + (p % 2 == 0 ? offset : odd_offset));
+          const auto source_vector = [&](int p) {
+            return load(source[p] + (p % 2 == 0 ? offset : odd_offset));
+          };
+          // The shorter side stays in registers while the longer passes: all of
+          // both would be one register too many.
+          if constexpr (KB < P) {
+            Vec<A> w[KB];
 #pragma GCC unroll 8
-          for (int k = 0; k < KB; ++k) {
-            const Vec<A> w = broadcast(tap_weight[k * weights.out_stride]);
+            for (int k = 0; k < KB; ++k) w[k] = broadcast(tap_weight[k * weights.out_stride]);
 #pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) sum[k][p] += w * x[p];
+            for (int p = 0; p < P; ++p) {
+              const Vec<A> x = source_vector(p);
+#pragma GCC unroll 8
+              for (int k = 0; k < KB; ++k) sum[k][p] += w[k] * x;
+            }
+          } else {
+            Vec<A> x[P];
+#pragma GCC unroll 4
+            for (int p = 0; p < P; ++p) x[p] = source_vector(p);
+#pragma GCC unroll 8
+            for (int k = 0; k < KB; ++k) {
+              const Vec<A> w = broadcast(tap_weight[k * weights.out_stride]);
+#pragma GCC unroll 4
+              for (int p = 0; p < P; ++p) sum[k][p] += w * x[p];
+            }
           }
         }
       }
+      if (!first) {
+#pragma GCC unroll 8
+        for (int k = 0; k < KB; ++k) {
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) sum[k][p] += total[k][p];
+        }
+      }
+#pragma GCC unroll 8
       for (int k = 0; k < KB; ++k) {
-        for (int p = 0; p < P; ++p) total[k][p] = first ? sum[k][p] : total[k][p] + sum[k][p];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) total[k][p] = sum[k][p];
       }
       first = false;
     }
@@ -116,7 +142,7 @@ struct DirectRow {
 };
 
 template <class A, int KB, int P>
-void direct_span(const DirectRow<A>& row, int64_t k, int64_t first_vector) {
+__attribute__((noinline)) void direct_span(const DirectRow<A>& row, int64_t k, int64_t first_vector) {
   constexpr int64_t lanes = kLanes<A>;
   // The last vector is moved back to end with the row: its first lanes are
   // computed twice, which costs less than a partial store.

@@ -112,6 +112,7 @@ void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, 
     with_tap(problem, [&](auto tap) {
       using T = decltype(element);
       using Tap = decltype(tap);
+      const WinnerPositions positions(problem);
           const int64_t in_image = problem.channels * problem.in_height * problem.in_width;
       const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
       for_each_plane(problem, pool, [&](int64_t n, int64_t channel) {
@@ -128,6 +129,7 @@ void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool,
                         const void* argmax, int64_t* indices) {
   with_tap(problem, [&](auto tap) {
     using Tap = decltype(tap);
+    const WinnerPositions positions(problem);
       const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
     const bool nchw = problem.layout == Layout::nchw;
     for_each_plane(problem, pool, [&](int64_t n, int64_t channel) {

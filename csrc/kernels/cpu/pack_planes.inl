@@ -41,40 +41,42 @@ void pack_planes(const T* image, const PlaneSource& source, int64_t channels,
   using A = Accumulator<T>;
   const int64_t plane = packed.plane();
   const int64_t sweep = source.column_stride == 1 ? 1 : kInterleavedChannels;
-  for (int64_t c0 = 0; c0 < channels; c0 += sweep) {
-    const int64_t count = std::min(sweep, channels - c0);
-    for (int64_t y = 0; y < packed.rows; ++y) {
-      const int64_t source_y = y - packed.top;
-      const bool outside = source_y < 0 || source_y >= source.height;
-      for (int64_t phase = 0; phase < packed.phases; ++phase) {
-        A* row = out + c0 * plane + y * packed.pitch() + phase * packed.row_length;
-        if (outside) {
+  const int64_t step = packed.phases * source.column_stride;
+  for (int64_t phase = 0; phase < packed.phases; ++phase) {
+    const ColumnRange inside = columns_inside(packed, source.width, phase);
+    const int64_t width = inside.end - inside.begin;
+    const int64_t first_column = inside.begin * packed.phases + phase - packed.left;
+    for (int64_t c0 = 0; c0 < channels; c0 += sweep) {
+      const int64_t count = std::min(sweep, channels - c0);
+      const T* const from_channel =
+          image + c0 * source.channel_stride + first_column * source.column_stride;
+      A* row = out + c0 * plane + phase * packed.row_length;
+      for (int64_t y = 0; y < packed.rows; ++y, row += packed.pitch()) {
+        const int64_t source_y = y - packed.top;
+        if (source_y < 0 || source_y >= source.height) {
           for (int64_t c = 0; c < count; ++c) {
             fill_row(row + c * plane, 0, packed.row_length, fill);
           }
           continue;
         }
-        const ColumnRange inside = columns_inside(packed, source.width, phase);
         for (int64_t c = 0; c < count; ++c) {
           fill_row(row + c * plane, 0, inside.begin, fill);
           fill_row(row + c * plane, inside.end, packed.row_length, fill);
         }
-        const int64_t first_column = inside.begin * packed.phases + phase - packed.left;
-        const T* from = image + c0 * source.channel_stride + source_y * source.row_stride +
-                        first_column * source.column_stride;
-        const int64_t step = packed.phases * source.column_stride;
+        const T* from = from_channel + source_y * source.row_stride;
+        A* const to = row + inside.begin;
         if (step == 1) {
-          widen_row(from, row + inside.begin, inside.end - inside.begin);
+          widen_row(from, to, width);
         } else if (std::is_same_v<T, float> && step == 2) {
-          copy_every_second(from, row + inside.begin, inside.end - inside.begin);
+          copy_every_second(from, to, width);
         } else if (count == kInterleavedChannels) {
-          for (int64_t i = inside.begin; i < inside.end; ++i, from += step) {
-            for (int64_t c = 0; c < kInterleavedChannels; ++c) row[c * plane + i] = widen(from[c]);
+          for (int64_t i = 0; i < width; ++i, from += step) {
+            for (int64_t c = 0; c < kInterleavedChannels; ++c) to[c * plane + i] = widen(from[c]);
           }
         } else {
-          for (int64_t i = inside.begin; i < inside.end; ++i, from += step) {
+          for (int64_t i = 0; i < width; ++i, from += step) {
             for (int64_t c = 0; c < count; ++c) {
-              row[c * plane + i] = widen(from[c * source.channel_stride]);
+              to[c * plane + i] = widen(from[c * source.channel_stride]);
             }
           }
         }
