@@ -21,6 +21,7 @@ INSTALL_STAMP := $(VENV)/.installed
 CONSTRAINT := $(VENV)/torch-constraint.txt
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+CXX_TEST_FILES := $(wildcard tests/kernels/*.h tests/kernels/*.cpp)
 BUILD_FILES := $(CXX_FILES) setup.py pyproject.toml build_backend/backend.py
 
 .PHONY: help demo test lint format build wheel clean
@@ -44,12 +45,12 @@ lint: $(INSTALL_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TEST_FILES)
 
 format: $(INSTALL_STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TEST_FILES)
 
 build: $(INSTALL_STAMP)
 

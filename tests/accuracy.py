@@ -47,7 +47,10 @@ def with_gradients(
     function: Callable[..., Tensor], arguments: Sequence[Tensor | None], grad_output: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the output and, for a grad_output, the gradients of all tensor arguments."""
-    leaves = [None if a is None else a.detach().clone(memory_format=torch.preserve_format) for a in arguments]
+    leaves = [
+        None if a is None else a.detach().clone(memory_format=torch.preserve_format)
+        for a in arguments
+    ]
     for leaf in leaves:
         if leaf is not None:
             leaf.requires_grad_(grad_output is not None)

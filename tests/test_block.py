@@ -20,6 +20,9 @@ pytestmark = pytest.mark.usefixtures("isa", "poisoned")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
+STEM_POOL = {"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
+WIDE_POOL = {"pool_kernel_size": (2, 3), "pool_stride": (3, 2), "pool_padding": (1, 0)}
+
 # (batch, in_channels, height, width, out_channels, kernel, arguments)
 SHAPES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]] = [
     (1, 1, 32, 32, 6, (3, 3), {}),
@@ -33,11 +36,11 @@ SHAPES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]] = 
     (2, 6, 9, 12, 8, (3, 3), {"groups": 2, "padding": 1}),
     (2, 6, 9, 12, 6, (3, 3), {"groups": 6}),
     (1, 20, 8, 9, 4, (3, 3), {}),
-    (2, 3, 30, 32, 8, (7, 7), {"stride": 2, "padding": 3, "pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}),
+    (2, 3, 30, 32, 8, (7, 7), {"stride": 2, "padding": 3} | STEM_POOL),
     (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 3}),
     (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 3, "pool_stride": 1, "pool_padding": 1}),
-    (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 2, "pool_stride": 2, "pool_ceil_mode": True, "padding": (0, 1)}),
-    (2, 3, 13, 13, 4, (3, 3), {"pool_kernel_size": (2, 3), "pool_stride": (3, 2), "pool_padding": (1, 0)}),
+    (2, 3, 12, 13, 4, (3, 3), {"pool_ceil_mode": True, "padding": (0, 1)}),
+    (2, 3, 13, 13, 4, (3, 3), WIDE_POOL),
     (2, 3, 20, 21, 4, (3, 3), {"pool_kernel_size": 3, "pool_dilation": 2}),
     (1, 2, 24, 25, 3, (3, 3), {"pool_kernel_size": 18}),
 ]  # fmt: skip
@@ -178,7 +181,8 @@ def test_nan_and_infinite_gradients_stay_where_torch_has_them() -> None:
         grad[0, 1, 1, -1] = float("inf")
         ours.backward(grad)
         theirs.backward(grad)
-        assert x.grad is not None and y.grad is not None
+        assert x.grad is not None
+        assert y.grad is not None
         assert torch.equal(x.grad.isfinite(), y.grad.isfinite())
 
 
@@ -188,4 +192,5 @@ def test_gradient_of_a_zero_output_is_zero() -> None:
     output = functional.conv2d_relu_max_pool2d(input, weight)
     assert output.eq(0).all()
     output.backward(torch.ones_like(output))
-    assert input.grad is not None and input.grad.eq(0).all()
+    assert input.grad is not None
+    assert input.grad.eq(0).all()

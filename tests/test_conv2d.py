@@ -89,9 +89,7 @@ def test_any_shape(data: st.DataObject) -> None:
     dilation = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)), "dilation")
     padding = data.draw(st.tuples(st.integers(0, 4), st.integers(0, 4)), "padding")
     stride = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)), "stride")
-    least = [
-        max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)
-    ]
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
     height, width = (data.draw(st.integers(n, n + 19), "size") for n in least)
     shape = (
         data.draw(st.integers(1, 3), "batch"),
@@ -187,7 +185,9 @@ def test_non_finite_values_stay_where_torch_has_them() -> None:
             grad = torch.randn_like(ours)
             ours.backward(grad)
             theirs.backward(grad)
-            assert x.grad is not None and w.grad is not None and v.grad is not None
+            assert x.grad is not None
+            assert w.grad is not None
+            assert v.grad is not None
             assert x.grad.isfinite().all()
             assert torch.equal(w.grad.isfinite(), v.grad.isfinite())
 
@@ -201,7 +201,8 @@ def test_infinite_gradient_stays_where_torch_has_it() -> None:
         grad[0, 1, 2, size - 3] = float("inf")
         ours.backward(grad)
         theirs.backward(grad)
-        assert x.grad is not None and y.grad is not None
+        assert x.grad is not None
+        assert y.grad is not None
         assert torch.equal(x.grad.isfinite(), y.grad.isfinite())
 
 

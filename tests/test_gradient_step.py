@@ -15,7 +15,18 @@ from cnnkernels import optim
 pytestmark = pytest.mark.usefixtures("isa", "poisoned")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SIZES: list[tuple[int, ...]] = [(), (1,), (3,), (7,), (8,), (17,), (64,), (5, 1, 3, 3), (0,), (1003,)]
+SIZES: list[tuple[int, ...]] = [
+    (),
+    (1,),
+    (3,),
+    (7,),
+    (8,),
+    (17,),
+    (64,),
+    (5, 1, 3, 3),
+    (0,),
+    (1003,),
+]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.9},
@@ -32,9 +43,7 @@ def parameters(dtype: torch.dtype, sizes: list[tuple[int, ...]] = SIZES) -> list
     return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in sizes]
 
 
-def run(
-    optimizer: torch.optim.Optimizer, params: list[Tensor], steps: int = 3
-) -> list[Tensor]:
+def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for p in params:
@@ -74,7 +83,9 @@ def test_simple_gd(dtype: torch.dtype) -> None:
         run(optim.SimpleGD(params, lr=0.25), params)
     run(torch.optim.SGD(others, lr=0.25), others)
     for mine, torchs in zip(params, others, strict=True):
-        torch.testing.assert_close(mine, torchs, rtol=2e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            mine, torchs, rtol=2e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -144,9 +155,11 @@ def test_scaling_and_found_inf() -> None:
         return param, gradient
 
     param, gradient = step(0.0)
-    assert param.eq(0.5).all() and gradient.eq(0.5).all()
+    assert param.eq(0.5).all()
+    assert gradient.eq(0.5).all()
     param, gradient = step(1.0)
-    assert param.eq(1).all() and gradient.eq(4).all()
+    assert param.eq(1).all()
+    assert gradient.eq(4).all()
 
 
 @pytest.mark.parametrize(

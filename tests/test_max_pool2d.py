@@ -104,7 +104,9 @@ def test_any_window(data: st.DataObject) -> None:
         for e, p in zip(extent, padding, strict=True)
     )
     size = (data.draw(st.integers(1, 2)), data.draw(st.integers(1, 10)), height, width)
-    x = values(size, data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(["ties", "nan"])))
+    x = values(
+        size, data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(["ties", "nan"]))
+    )
     x = x.contiguous(memory_format=data.draw(st.sampled_from(FORMATS)))
     options = {
         "kernel_size": kernel,

@@ -31,8 +31,8 @@ Conv2dPlan direct_plan(const Conv2dProblem& problem, Isa isa, int threads, int64
   plan.images_per_chunk = std::clamp<int64_t>(plan.threads * kPackedChunkBytes / image_bytes, 1,
                                               std::max<int64_t>(1, problem.batch));
   plan.channels_per_task = std::min<int64_t>(group_channels, 24);
-  const int64_t other_tasks = plan.images_per_chunk * problem.groups *
-                              ceil_div(group_channels, plan.channels_per_task);
+  const int64_t other_tasks =
+      plan.images_per_chunk * problem.groups * ceil_div(group_channels, plan.channels_per_task);
   plan.rows_per_task = std::max<int64_t>(1, rows_per_task(rows, other_tasks, plan.threads));
   plan.in_place = false;
   plan.workspace_bytes = plan.images_per_chunk * image_bytes;
@@ -92,12 +92,10 @@ PlaneSource plane_source(Layout layout, int64_t channels, int64_t height, int64_
 }
 
 Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
-  Conv2dPlan plan = direct_plan(problem, isa, threads,
-                                problem.in_channels *
-                                    packed_input(problem, problem.stride_w).plane(),
-                                problem.out_channels / problem.groups, problem.out_height);
-  const bool accumulator_type =
-      problem.dtype == DType::float32 || problem.dtype == DType::float64;
+  Conv2dPlan plan = direct_plan(
+      problem, isa, threads, problem.in_channels * packed_input(problem, problem.stride_w).plane(),
+      problem.out_channels / problem.groups, problem.out_height);
+  const bool accumulator_type = problem.dtype == DType::float32 || problem.dtype == DType::float64;
   const PackedPlanes packed = packed_input(problem, problem.stride_w);
   plan.in_place = accumulator_type && problem.layout == Layout::nchw && problem.stride_w == 1 &&
                   problem.pad_top == 0 && problem.pad_left == 0 &&

@@ -27,11 +27,12 @@ Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dPro
   const int64_t row_bytes = plan.channels_per_task * problem.conv.out_width *
                             accumulator_size(problem.conv.dtype) * window.stride_h;
   const int64_t cached_rows = std::max<int64_t>(2, 64 * 1024 / std::max<int64_t>(1, row_bytes));
-  const int64_t other_tasks = plan.images_per_chunk * problem.conv.groups *
-                              ceil_div(problem.conv.out_channels / problem.conv.groups,
-                                       plan.channels_per_task);
+  const int64_t other_tasks =
+      plan.images_per_chunk * problem.conv.groups *
+      ceil_div(problem.conv.out_channels / problem.conv.groups, plan.channels_per_task);
   const int64_t blocks =
-      plan.threads == 1 ? 1 : ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, other_tasks));
+      plan.threads == 1 ? 1
+                        : ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, other_tasks));
   plan.rows_per_task = std::max<int64_t>(1, ceil_div(window.out_height, blocks));
   if (!plan.pool_in_registers) plan.rows_per_task = std::min(plan.rows_per_task, cached_rows);
   plan.workspace_bytes = plan.images_per_chunk * problem.conv.in_channels *

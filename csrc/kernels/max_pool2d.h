@@ -53,8 +53,8 @@ class WinnerPositions {
   explicit WinnerPositions(const MaxPool2dProblem& problem) : problem_(problem) {
     for (int64_t r = 0; r < problem.kernel_height; ++r) {
       for (int64_t s = 0; s < problem.kernel_width; ++s) {
-        taps_.push_back({r * problem.dilation_h - problem.pad_top,
-                         s * problem.dilation_w - problem.pad_left});
+        taps_.push_back(
+            {r * problem.dilation_h - problem.pad_top, s * problem.dilation_w - problem.pad_left});
       }
     }
   }
@@ -106,7 +106,7 @@ void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, 
                        const void* argmax, void* values);
 
 // torch's indices: the winner's position y * in_width + x in its plane.
-void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool,
-                        const void* argmax, int64_t* indices);
+void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* argmax,
+                        int64_t* indices);
 
 }  // namespace cnnkernels

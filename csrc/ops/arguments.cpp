@@ -40,9 +40,8 @@ int64_t pool_output_size(const char* op, const char* axis, int64_t size, int64_t
   int64_t out = (numerator < 0 ? -1 : numerator / stride) + 1;
   // The last window must start inside of the image or its left border.
   if (ceil_mode && (out - 1) * stride >= size + padding) --out;
-  TORCH_CHECK(out >= 1, op, ": the window does not fit: input ", axis, " ", size,
-              " with padding ", padding, " is smaller than kernel_size ", kernel, " with dilation ",
-              dilation);
+  TORCH_CHECK(out >= 1, op, ": the window does not fit: input ", axis, " ", size, " with padding ",
+              padding, " is smaller than kernel_size ", kernel, " with dilation ", dilation);
   return out;
 }
 
@@ -92,8 +91,7 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
   check_pair(op, "padding", arguments.padding, 0);
   check_pair(op, "dilation", arguments.dilation, 1);
   for (int axis = 0; axis < 2; ++axis) {
-    const int64_t extent =
-        kernel_extent(op, arguments.kernel_size[axis], arguments.dilation[axis]);
+    const int64_t extent = kernel_extent(op, arguments.kernel_size[axis], arguments.dilation[axis]);
     TORCH_CHECK(arguments.padding[axis] <= extent / 2, op,
                 ": padding must be at most half of the kernel's extent, but got padding=",
                 arguments.padding[axis], " for kernel_size=", arguments.kernel_size[axis],
@@ -177,8 +175,8 @@ Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Te
               "weight of size ",
               weight.sizes());
   TORCH_CHECK(weight.scalar_type() == input.scalar_type(), op,
-              ": input and weight must have the same dtype, but got input of ",
-              input.scalar_type(), " and weight of ", weight.scalar_type());
+              ": input and weight must have the same dtype, but got input of ", input.scalar_type(),
+              " and weight of ", weight.scalar_type());
   TORCH_CHECK(weight.device() == input.device(), op,
               ": input and weight must be on the same device, but got input on ", input.device(),
               " and weight on ", weight.device());
@@ -187,17 +185,16 @@ Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Te
               weight.sizes());
   TORCH_CHECK(weight.size(0) % groups == 0, op, ": weight's output channels (", weight.size(0),
               ") must be divisible by groups=", groups);
-  TORCH_CHECK(input.size(1) == checked_multiply(op, weight.size(1), groups), op,
-              ": input of size ", input.sizes(), " must have ", weight.size(1) * groups,
-              " channels for weight of size ", weight.sizes(), " and groups=", groups,
-              ", but has ", input.size(1));
+  TORCH_CHECK(input.size(1) == checked_multiply(op, weight.size(1), groups), op, ": input of size ",
+              input.sizes(), " must have ", weight.size(1) * groups,
+              " channels for weight of size ", weight.sizes(), " and groups=", groups, ", but has ",
+              input.size(1));
   if (bias.has_value() && bias->defined()) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), op,
-                ": bias must be 1-D with ", weight.size(0), " elements, but got bias of size ",
-                bias->sizes());
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": bias must be 1-D with ",
+                weight.size(0), " elements, but got bias of size ", bias->sizes());
     TORCH_CHECK(bias->scalar_type() == input.scalar_type(), op,
-                ": input and bias must have the same dtype, but got input of ",
-                input.scalar_type(), " and bias of ", bias->scalar_type());
+                ": input and bias must have the same dtype, but got input of ", input.scalar_type(),
+                " and bias of ", bias->scalar_type());
     TORCH_CHECK(bias->device() == input.device(), op,
                 ": input and bias must be on the same device, but got input on ", input.device(),
                 " and bias on ", bias->device());
@@ -230,10 +227,10 @@ Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Te
     const int64_t bordered =
         checked_add(op, size, checked_multiply(op, 2, arguments.padding[axis]));
     const int64_t extent = kernel_extent(op, kernel, arguments.dilation[axis]);
-    TORCH_CHECK(extent <= bordered, op, ": the kernel does not fit: ",
-                axis == 0 ? "height " : "width ", extent, " (weight of size ", weight.sizes(),
-                ", dilation=", arguments.dilation[axis], ") is larger than the padded input's ",
-                bordered, " (input of size ", input.sizes(),
+    TORCH_CHECK(extent <= bordered, op,
+                ": the kernel does not fit: ", axis == 0 ? "height " : "width ", extent,
+                " (weight of size ", weight.sizes(), ", dilation=", arguments.dilation[axis],
+                ") is larger than the padded input's ", bordered, " (input of size ", input.sizes(),
                 ", padding=", arguments.padding[axis], ")");
     out[axis] = (bordered - extent) / arguments.stride[axis] + 1;
   }
@@ -264,12 +261,12 @@ MaxPool2dProblem pool_problem(const char* op, at::IntArrayRef input_size, DType 
   problem.dilation_w = arguments.dilation[1];
   problem.dtype = dtype;
   problem.layout = layout;
-  problem.out_height = pool_output_size(op, "height", problem.in_height, problem.kernel_height,
-                                        problem.stride_h, problem.pad_top, problem.dilation_h,
-                                        arguments.ceil_mode);
-  problem.out_width = pool_output_size(op, "width", problem.in_width, problem.kernel_width,
-                                       problem.stride_w, problem.pad_left, problem.dilation_w,
-                                       arguments.ceil_mode);
+  problem.out_height =
+      pool_output_size(op, "height", problem.in_height, problem.kernel_height, problem.stride_h,
+                       problem.pad_top, problem.dilation_h, arguments.ceil_mode);
+  problem.out_width =
+      pool_output_size(op, "width", problem.in_width, problem.kernel_width, problem.stride_w,
+                       problem.pad_left, problem.dilation_w, arguments.ceil_mode);
   return problem;
 }
 
@@ -283,8 +280,7 @@ void set_weight_strides(Conv2dProblem& problem, const at::Tensor& weight) {
 ThreadPool torch_thread_pool() {
   const auto run = [](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
                       void* context) {
-    at::parallel_for(0, n, grain,
-                     [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
   return {run, at::in_parallel_region() ? 1 : at::get_num_threads()};
 }

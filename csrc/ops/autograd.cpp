@@ -23,7 +23,7 @@ using torch::autograd::variable_list;
 
 // The convolution's integers, saved for its derivatives.
 void save_conv(AutogradContext* ctx, at::IntArrayRef stride, at::IntArrayRef padding,
-                    at::IntArrayRef dilation, int64_t groups) {
+               at::IntArrayRef dilation, int64_t groups) {
   ctx->saved_data["stride"] = stride.vec();
   ctx->saved_data["padding"] = padding.vec();
   ctx->saved_data["dilation"] = dilation.vec();
@@ -60,8 +60,7 @@ class Conv2dFunction : public torch::autograd::Function<Conv2dFunction> {
     const bool bias_gradient = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
     auto [grad_input, grad_weight, grad_bias] = ops::conv2d_backward(
         gradients[0], saved[0], saved[1], arguments.stride, arguments.padding, arguments.dilation,
-        arguments.groups,
-        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias_gradient});
+        arguments.groups, {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias_gradient});
     return {grad_input, grad_weight, grad_bias, {}, {}, {}, {}};
   }
 };
@@ -124,8 +123,8 @@ class Conv2dBackwardFunction : public torch::autograd::Function<Conv2dBackwardFu
 };
 
 at::Tensor autograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
-                    const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                           const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     if (!conv2d_not_native(input, weight, bias).empty()) {
       return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
@@ -140,12 +139,11 @@ at::Tensor autograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
 }
 
 ops::TensorTriple autograd_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& weight, at::IntArrayRef stride,
-                                  at::IntArrayRef padding, at::IntArrayRef dilation,
-                                  int64_t groups, std::array<bool, 3> output_mask) {
+                                           const at::Tensor& weight, at::IntArrayRef stride,
+                                           at::IntArrayRef padding, at::IntArrayRef dilation,
+                                           int64_t groups, std::array<bool, 3> output_mask) {
   if (needs_gradient(grad_output, input, weight)) {
-    const ConvArguments a =
-        conv_arguments("conv2d_backward", stride, padding, dilation, groups);
+    const ConvArguments a = conv_arguments("conv2d_backward", stride, padding, dilation, groups);
     const variable_list gradients = Conv2dBackwardFunction::apply(
         grad_output, input, weight, at::IntArrayRef(a.stride), at::IntArrayRef(a.padding),
         at::IntArrayRef(a.dilation), groups, output_mask);
@@ -158,7 +156,7 @@ ops::TensorTriple autograd_conv2d_backward(const at::Tensor& grad_output, const 
 }
 
 void save_pool(AutogradContext* ctx, const PoolArguments& arguments,
-                    c10::SymIntArrayRef input_size) {
+               c10::SymIntArrayRef input_size) {
   ctx->saved_data["kernel_size"] = at::IntArrayRef(arguments.kernel_size).vec();
   ctx->saved_data["stride"] = at::IntArrayRef(arguments.stride).vec();
   ctx->saved_data["padding"] = at::IntArrayRef(arguments.padding).vec();
@@ -193,9 +191,9 @@ class MaxPool2dFunction : public torch::autograd::Function<MaxPool2dFunction> {
                                arguments.dilation, arguments.ceil_mode);
     ctx->save_for_backward({argmax});
     if (!with_indices) return {output};
-    const at::Tensor indices = std::get<1>(ops::max_pool2d_with_indices(
-        input, arguments.kernel_size, arguments.stride, arguments.padding, arguments.dilation,
-        arguments.ceil_mode));
+    const at::Tensor indices = std::get<1>(
+        ops::max_pool2d_with_indices(input, arguments.kernel_size, arguments.stride,
+                                     arguments.padding, arguments.dilation, arguments.ceil_mode));
     ctx->mark_non_differentiable({indices});
     return {output, indices};
   }
@@ -255,8 +253,9 @@ class MaxPool2dGatherFunction : public torch::autograd::Function<MaxPool2dGather
   }
 };
 
-at::Tensor autograd_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                    at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+at::Tensor autograd_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size,
+                               at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, bool ceil_mode) {
   if (needs_gradient(input)) {
     const PoolArguments arguments =
         pool_arguments("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode);
@@ -269,9 +268,10 @@ at::Tensor autograd_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_s
   return ops::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
-ops::TensorPair autograd_max_pool2d_with_indices(const at::Tensor& input, at::IntArrayRef kernel_size,
-                                      at::IntArrayRef stride, at::IntArrayRef padding,
-                                      at::IntArrayRef dilation, bool ceil_mode) {
+ops::TensorPair autograd_max_pool2d_with_indices(const at::Tensor& input,
+                                                 at::IntArrayRef kernel_size,
+                                                 at::IntArrayRef stride, at::IntArrayRef padding,
+                                                 at::IntArrayRef dilation, bool ceil_mode) {
   if (needs_gradient(input)) {
     const PoolArguments arguments =
         pool_arguments("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode);
@@ -287,8 +287,8 @@ ops::TensorPair autograd_max_pool2d_with_indices(const at::Tensor& input, at::In
 
 // Saves its own argmax: differentiable as max_pool2d is.
 ops::TensorPair autograd_max_pool2d_argmax(const at::Tensor& input, at::IntArrayRef kernel_size,
-                                at::IntArrayRef stride, at::IntArrayRef padding,
-                                at::IntArrayRef dilation, bool ceil_mode) {
+                                           at::IntArrayRef stride, at::IntArrayRef padding,
+                                           at::IntArrayRef dilation, bool ceil_mode) {
   const auto below = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return ops::max_pool2d_argmax(input, kernel_size, stride, padding, dilation, ceil_mode);
@@ -300,9 +300,9 @@ ops::TensorPair autograd_max_pool2d_argmax(const at::Tensor& input, at::IntArray
 }
 
 at::Tensor autograd_max_pool2d_backward(const at::Tensor& grad_output, const at::Tensor& argmax,
-                             c10::SymIntArrayRef input_size, at::IntArrayRef kernel_size,
-                             at::IntArrayRef stride, at::IntArrayRef padding,
-                             at::IntArrayRef dilation, bool ceil_mode) {
+                                        c10::SymIntArrayRef input_size, at::IntArrayRef kernel_size,
+                                        at::IntArrayRef stride, at::IntArrayRef padding,
+                                        at::IntArrayRef dilation, bool ceil_mode) {
   if (needs_gradient(grad_output)) {
     return MaxPool2dBackwardFunction::apply(
         grad_output, argmax, input_size,
@@ -314,8 +314,9 @@ at::Tensor autograd_max_pool2d_backward(const at::Tensor& grad_output, const at:
 }
 
 at::Tensor autograd_max_pool2d_gather(const at::Tensor& input, const at::Tensor& argmax,
-                           at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                           at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+                                      at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                      at::IntArrayRef padding, at::IntArrayRef dilation,
+                                      bool ceil_mode) {
   if (needs_gradient(input)) {
     return MaxPool2dGatherFunction::apply(
         input, argmax,
@@ -368,16 +369,15 @@ class BlockFunction : public torch::autograd::Function<BlockFunction> {
   }
 };
 
-at::Tensor autograd_conv2d_relu_max_pool2d(const at::Tensor& input, const at::Tensor& weight,
-                    const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
-                    at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
-                    bool pool_ceil_mode) {
+at::Tensor autograd_conv2d_relu_max_pool2d(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+    at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     const BlockArguments arguments =
-        block_arguments("conv2d_relu_max_pool2d", stride, padding, dilation, groups, pool_kernel_size, pool_stride,
-                        pool_padding, pool_dilation, pool_ceil_mode);
+        block_arguments("conv2d_relu_max_pool2d", stride, padding, dilation, groups,
+                        pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
     if (!block_not_native(input, weight, bias, arguments.pool).empty()) {
       return composed_block(input, weight, bias, arguments);
     }
@@ -389,12 +389,11 @@ at::Tensor autograd_conv2d_relu_max_pool2d(const at::Tensor& input, const at::Te
                                      pool_ceil_mode);
 }
 
-ops::TensorPair autograd_conv2d_relu_max_pool2d_argmax(const at::Tensor& input, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                                at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
-                                at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
-                                bool pool_ceil_mode) {
+ops::TensorPair autograd_conv2d_relu_max_pool2d_argmax(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+    at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
   const auto below = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return ops::conv2d_relu_max_pool2d_argmax(input, weight, bias, stride, padding, dilation,
@@ -402,31 +401,28 @@ ops::TensorPair autograd_conv2d_relu_max_pool2d_argmax(const at::Tensor& input, 
                                               pool_dilation, pool_ceil_mode);
   };
   if (!needs_gradient(input, weight) && !(has_value(bias) && needs_gradient(*bias))) return below();
-  const at::Tensor output =
-      ops::conv2d_relu_max_pool2d(input, weight, bias, stride, padding, dilation, groups,
-                                  pool_kernel_size, pool_stride, pool_padding, pool_dilation,
-                                  pool_ceil_mode);
+  const at::Tensor output = ops::conv2d_relu_max_pool2d(
+      input, weight, bias, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
+      pool_padding, pool_dilation, pool_ceil_mode);
   return {output, std::get<1>(below())};
 }
 
 // A backward that is to be differentiated goes through the dense gradient of
 // the convolution, whose own derivatives are known.
-ops::TensorTriple autograd_conv2d_relu_max_pool2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                    const at::Tensor& weight, const at::Tensor& output,
-                                    const at::Tensor& argmax, at::IntArrayRef stride,
-                                    at::IntArrayRef padding, at::IntArrayRef dilation,
-                                    int64_t groups, at::IntArrayRef pool_kernel_size,
-                                    at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-                                    at::IntArrayRef pool_dilation, bool pool_ceil_mode,
-                                    std::array<bool, 3> output_mask) {
+ops::TensorTriple autograd_conv2d_relu_max_pool2d_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& output, const at::Tensor& argmax, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+    at::IntArrayRef pool_dilation, bool pool_ceil_mode, std::array<bool, 3> output_mask) {
   if (needs_gradient(grad_output, input, weight)) {
-    const BlockArguments arguments = block_arguments(
-        "conv2d_relu_max_pool2d_backward", stride, padding, dilation, groups, pool_kernel_size,
-        pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
+    const BlockArguments arguments =
+        block_arguments("conv2d_relu_max_pool2d_backward", stride, padding, dilation, groups,
+                        pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
     const int64_t dimensions = input.dim();
-    const Conv2dProblem conv =
-        conv_problem("conv2d_relu_max_pool2d_backward", dimensions == 3 ? input.unsqueeze(0) : input, weight,
-                     std::nullopt, arguments.conv);
+    const Conv2dProblem conv = conv_problem("conv2d_relu_max_pool2d_backward",
+                                            dimensions == 3 ? input.unsqueeze(0) : input, weight,
+                                            std::nullopt, arguments.conv);
     std::vector<c10::SymInt> conv_size = {conv.batch, conv.out_channels, conv.out_height,
                                           conv.out_width};
     if (dimensions == 3) conv_size.erase(conv_size.begin());

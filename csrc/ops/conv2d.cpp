@@ -52,8 +52,7 @@ std::string conv2d_not_native(const at::Tensor& input, const at::Tensor& weight,
 }
 
 PaddedInput pad_input(const char* op, const at::Tensor& input, const at::Tensor& weight,
-                      at::IntArrayRef stride, std::string_view padding,
-                      at::IntArrayRef dilation) {
+                      at::IntArrayRef stride, std::string_view padding, at::IntArrayRef dilation) {
   TORCH_CHECK(padding == "same" || padding == "valid", op,
               ": padding must be an integer, a pair, 'same' or 'valid', but got padding='",
               std::string(padding), "'");
@@ -123,8 +122,7 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
     return {unbatched(grad_input), grad_weight, grad_bias};
   }
   check_input_dimensions("conv2d_backward", input);
-  Conv2dProblem problem =
-      conv_problem("conv2d_backward", images, weight, std::nullopt, arguments);
+  Conv2dProblem problem = conv_problem("conv2d_backward", images, weight, std::nullopt, arguments);
   const std::array<int64_t, 4> output_size = {problem.batch, problem.out_channels,
                                               problem.out_height, problem.out_width};
   TORCH_CHECK(gradient.sizes() == at::IntArrayRef(output_size),
@@ -154,10 +152,9 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
     return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
   };
   count(kernel_calls().conv2d_backward);
-  conv2d_backward(problem, active_isa(), torch_thread_pool(),
-                  gradient_values.const_data_ptr(), source.const_data_ptr(),
-                  weight_values.const_data_ptr(), data(grad_input), data(grad_weight),
-                  data(grad_bias));
+  conv2d_backward(problem, active_isa(), torch_thread_pool(), gradient_values.const_data_ptr(),
+                  source.const_data_ptr(), weight_values.const_data_ptr(), data(grad_input),
+                  data(grad_weight), data(grad_bias));
   return {unbatched(grad_input), grad_weight, grad_bias};
 }
 

@@ -26,22 +26,24 @@ at::Tensor conv2d_relu_max_pool2d(const at::Tensor& input, const at::Tensor& wei
                  pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
 }
 
-at::Tensor conv2d_relu_max_pool2d_padding(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    at::IntArrayRef stride, std::string_view padding, at::IntArrayRef dilation, int64_t groups,
-    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-    at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
+at::Tensor conv2d_relu_max_pool2d_padding(const at::Tensor& input, const at::Tensor& weight,
+                                          const OptionalTensor& bias, at::IntArrayRef stride,
+                                          std::string_view padding, at::IntArrayRef dilation,
+                                          int64_t groups, at::IntArrayRef pool_kernel_size,
+                                          at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+                                          at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
   static const auto op = typed_operator<decltype(conv2d_relu_max_pool2d_padding)>(
       "cnnkernels::conv2d_relu_max_pool2d", "padding");
   return op.call(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
                  pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
 }
 
-TensorPair conv2d_relu_max_pool2d_argmax(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-    at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
+TensorPair conv2d_relu_max_pool2d_argmax(const at::Tensor& input, const at::Tensor& weight,
+                                         const OptionalTensor& bias, at::IntArrayRef stride,
+                                         at::IntArrayRef padding, at::IntArrayRef dilation,
+                                         int64_t groups, at::IntArrayRef pool_kernel_size,
+                                         at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+                                         at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
   static const auto op = typed_operator<decltype(conv2d_relu_max_pool2d_argmax)>(
       "cnnkernels::conv2d_relu_max_pool2d_argmax");
   return op.call(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
@@ -75,7 +77,7 @@ BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntAr
 
 // The three torch calls, for what the kernels do not cover.
 at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
-                    const std::optional<at::Tensor>& bias, const BlockArguments& arguments) {
+                          const std::optional<at::Tensor>& bias, const BlockArguments& arguments) {
   const at::Tensor convolved =
       at::conv2d(input, weight, bias, arguments.conv.stride, arguments.conv.padding,
                  arguments.conv.dilation, arguments.conv.groups);
@@ -88,7 +90,8 @@ std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, const PoolArguments& pool) {
   const std::string reason = conv2d_not_native(input, weight, bias);
   if (!reason.empty()) return reason;
-  if ((pool.dilation[0] > 1 || pool.dilation[1] > 1) && (pool.padding[0] > 0 || pool.padding[1] > 0)) {
+  if ((pool.dilation[0] > 1 || pool.dilation[1] > 1) &&
+      (pool.padding[0] > 0 || pool.padding[1] > 0)) {
     return "a dilated pooling window with padding";
   }
   if (pool.ceil_mode && (pool.dilation[0] > 1 || pool.dilation[1] > 1)) {
@@ -203,8 +206,7 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   check_input_dimensions(op, input);
   const int64_t dimensions = input.dim();
   const at::Tensor images = batched(input, dimensions);
-  Conv2dReluMaxPool2dProblem problem =
-      block_problem(op, images, weight, std::nullopt, arguments);
+  Conv2dReluMaxPool2dProblem problem = block_problem(op, images, weight, std::nullopt, arguments);
   const std::array<int64_t, 4> size = output_size(problem.pool);
   const at::Tensor gradient = batched(grad_output, dimensions);
   const at::Tensor pooled = batched(output, dimensions);

@@ -1,8 +1,9 @@
 // gd_step_ and sgd_step_: whole parameter lists in one call.
+#include "kernels/gradient_step.h"
+
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include "kernels/gradient_step.h"
 #include "ops/arguments.h"
 #include "ops/dispatch.h"
 #include "ops/operators.h"
@@ -35,15 +36,15 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
 }
 
 void check_list(const char* op, const char* name, at::TensorList list, at::TensorList params) {
-  TORCH_CHECK(list.size() == params.size(), op, ": ", name, " must have as many tensors as params, ",
-              params.size(), ", but has ", list.size());
+  TORCH_CHECK(list.size() == params.size(), op, ": ", name,
+              " must have as many tensors as params, ", params.size(), ", but has ", list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     TORCH_CHECK(list[i].sizes() == params[i].sizes(), op, ": ", name, "[", i,
                 "] must have the size of params[", i, "], ", params[i].sizes(), ", but has ",
                 list[i].sizes());
     TORCH_CHECK(list[i].device() == params[i].device(), op, ": ", name, "[", i,
-                "] must be on the device of params[", i, "], ", params[i].device(),
-                ", but is on ", list[i].device());
+                "] must be on the device of params[", i, "], ", params[i].device(), ", but is on ",
+                list[i].device());
   }
 }
 
@@ -68,8 +69,8 @@ void composed_step(at::Tensor param, at::Tensor grad, const at::Tensor& buffer,
     } else {
       momentum_buffer.mul_(options.momentum).add_(direction, 1 - options.dampening);
     }
-    direction = options.nesterov ? direction.add(momentum_buffer, options.momentum)
-                                 : momentum_buffer;
+    direction =
+        options.nesterov ? direction.add(momentum_buffer, options.momentum) : momentum_buffer;
   }
   param.add_(direction, -options.lr);
 }
@@ -85,12 +86,11 @@ void step(const char* op, at::TensorList params, at::TensorList grads,
     const at::Tensor& param = params[i];
     const at::Tensor& grad = grads[i];
     const at::Tensor buffer = options.momentum != 0 ? momentum_buffers[i] : at::Tensor();
-    const bool native =
-        not_native(param).empty() && not_native(grad).empty() &&
-        grad.scalar_type() == param.scalar_type() && same_order(param, grad) &&
-        (!buffer.defined() || (not_native(buffer).empty() &&
-                               buffer.scalar_type() == param.scalar_type() &&
-                               same_order(param, buffer)));
+    const bool native = not_native(param).empty() && not_native(grad).empty() &&
+                        grad.scalar_type() == param.scalar_type() && same_order(param, grad) &&
+                        (!buffer.defined() || (not_native(buffer).empty() &&
+                                               buffer.scalar_type() == param.scalar_type() &&
+                                               same_order(param, buffer)));
     // Neither a raw pointer nor an operation below autograd leaves a trace:
     // without this a saved parameter would give wrong gradients in silence.
     const auto bump = [](const at::Tensor& tensor) {
@@ -147,10 +147,10 @@ void autograd_gd_step(at::TensorList params, at::TensorList grads, double lr) {
   ops::gd_step_(params, grads, lr);
 }
 
-void autograd_sgd_step(at::TensorList params, at::TensorList grads,
-                       at::TensorList momentum_buffers, double weight_decay, double momentum,
-                       double lr, double dampening, bool nesterov, bool maximize,
-                       bool is_first_step, const std::optional<at::Tensor>& grad_scale,
+void autograd_sgd_step(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                       double weight_decay, double momentum, double lr, double dampening,
+                       bool nesterov, bool maximize, bool is_first_step,
+                       const std::optional<at::Tensor>& grad_scale,
                        const std::optional<at::Tensor>& found_inf) {
   check_mutable("sgd_step_", params);
   const at::AutoDispatchBelowADInplaceOrView guard;

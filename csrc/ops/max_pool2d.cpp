@@ -103,13 +103,13 @@ ops::TensorPair pool(const at::Tensor& input, const PoolArguments& arguments, bo
   const at::Tensor output = at::empty(call.output_size, input.options(), call.format);
   at::Tensor argmax;
   if (with_argmax) {
-    argmax = at::empty(call.output_size, input.options().dtype(argmax_dtype(call.problem)),
-                       call.format);
+    argmax =
+        at::empty(call.output_size, input.options().dtype(argmax_dtype(call.problem)), call.format);
   }
   if (call.problem.batch > 0) {
     count(kernel_calls().max_pool2d);
-    max_pool2d_forward(call.problem, active_isa(), torch_thread_pool(),
-                       source.const_data_ptr(), output.mutable_data_ptr(),
+    max_pool2d_forward(call.problem, active_isa(), torch_thread_pool(), source.const_data_ptr(),
+                       output.mutable_data_ptr(),
                        with_argmax ? argmax.mutable_data_ptr() : nullptr);
   }
   return {unbatched(output, input.dim()), with_argmax ? unbatched(argmax, input.dim()) : argmax};
@@ -166,19 +166,17 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& argmax,
   check_input_dimensions(op, grad_output);
   std::vector<int64_t> size;
   for (const c10::SymInt& extent : input_size) size.push_back(extent.guard_int(__FILE__, __LINE__));
-  TORCH_CHECK(static_cast<int64_t>(size.size()) == grad_output.dim(), op,
-              ": input_size must have ", grad_output.dim(), " dimensions, but got ", size.size());
+  TORCH_CHECK(static_cast<int64_t>(size.size()) == grad_output.dim(), op, ": input_size must have ",
+              grad_output.dim(), " dimensions, but got ", size.size());
   if (size.size() == 3) size.insert(size.begin(), 1);
   const int64_t dimensions = grad_output.dim();
   const auto batched = [&](const at::Tensor& t) { return dimensions == 3 ? t.unsqueeze(0) : t; };
   const at::Tensor gradient = batched(grad_output);
-  TORCH_CHECK(argmax.sizes() == grad_output.sizes(), op,
-              ": argmax must have grad_output's size ", grad_output.sizes(),
-              ", but got argmax of size ", argmax.sizes());
+  TORCH_CHECK(argmax.sizes() == grad_output.sizes(), op, ": argmax must have grad_output's size ",
+              grad_output.sizes(), ", but got argmax of size ", argmax.sizes());
   // The argmax was made in the input's layout.
   const Layout layout = pool_layout(batched(argmax));
-  const MaxPool2dProblem problem =
-      pool_problem(op, size, dtype_of(grad_output), layout, arguments);
+  const MaxPool2dProblem problem = pool_problem(op, size, dtype_of(grad_output), layout, arguments);
   const std::array<int64_t, 4> output_size = {problem.batch, problem.channels, problem.out_height,
                                               problem.out_width};
   TORCH_CHECK(gradient.sizes() == at::IntArrayRef(output_size), op,

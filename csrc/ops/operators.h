@@ -55,17 +55,19 @@ at::Tensor conv2d_relu_max_pool2d(const at::Tensor& input, const at::Tensor& wei
                                   at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
                                   bool pool_ceil_mode);
 
-at::Tensor conv2d_relu_max_pool2d_padding(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    at::IntArrayRef stride, std::string_view padding, at::IntArrayRef dilation, int64_t groups,
-    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-    at::IntArrayRef pool_dilation, bool pool_ceil_mode);
+at::Tensor conv2d_relu_max_pool2d_padding(const at::Tensor& input, const at::Tensor& weight,
+                                          const OptionalTensor& bias, at::IntArrayRef stride,
+                                          std::string_view padding, at::IntArrayRef dilation,
+                                          int64_t groups, at::IntArrayRef pool_kernel_size,
+                                          at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+                                          at::IntArrayRef pool_dilation, bool pool_ceil_mode);
 
-TensorPair conv2d_relu_max_pool2d_argmax(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-    at::IntArrayRef pool_dilation, bool pool_ceil_mode);
+TensorPair conv2d_relu_max_pool2d_argmax(const at::Tensor& input, const at::Tensor& weight,
+                                         const OptionalTensor& bias, at::IntArrayRef stride,
+                                         at::IntArrayRef padding, at::IntArrayRef dilation,
+                                         int64_t groups, at::IntArrayRef pool_kernel_size,
+                                         at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+                                         at::IntArrayRef pool_dilation, bool pool_ceil_mode);
 
 TensorTriple conv2d_relu_max_pool2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,

@@ -36,8 +36,8 @@ int64_t int_argument(const char* op, const char* name, py::handle value) {
   const Py_ssize_t number = PyNumber_AsSsize_t(value.ptr(), PyExc_OverflowError);
   if (number == -1 && PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    throw std::runtime_error(std::string(op) + "(): argument '" + name + "' overflows 64 bits: " +
-                             std::string(py::str(value)));
+    throw std::runtime_error(std::string(op) + "(): argument '" + name +
+                             "' overflows 64 bits: " + std::string(py::str(value)));
   }
   return number;
 }
@@ -125,14 +125,13 @@ at::Tensor max_pool2d(py::handle input, py::handle kernel_size, py::handle strid
   return ops::max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode);
 }
 
-ops::TensorPair max_pool2d_with_indices(py::handle input, py::handle kernel_size,
-                                        py::handle stride, py::handle padding,
-                                        py::handle dilation, bool ceil_mode) {
+ops::TensorPair max_pool2d_with_indices(py::handle input, py::handle kernel_size, py::handle stride,
+                                        py::handle padding, py::handle dilation, bool ceil_mode) {
   const at::Tensor& x = tensor_argument("max_pool2d", "input", input);
   const PoolPython pool("max_pool2d", kernel_size, stride, padding, dilation);
   const py::gil_scoped_release no_gil;
-  return ops::max_pool2d_with_indices(x, pool.kernel_size, pool.stride, pool.padding,
-                                      pool.dilation, ceil_mode);
+  return ops::max_pool2d_with_indices(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation,
+                                      ceil_mode);
 }
 
 at::Tensor conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handle bias,
@@ -238,8 +237,8 @@ ConvArguments parse_conv(const char* op, const at::Tensor& input, const at::Tens
   const PairArgument dilations(op, "dilation", dilation);
   Pair paddings;
   if (PyUnicode_Check(padding.ptr())) {
-    paddings = pad_input(op, input, weight, strides, py::cast<std::string>(padding), dilations)
-                   .padding;
+    paddings =
+        pad_input(op, input, weight, strides, py::cast<std::string>(padding), dilations).padding;
   } else {
     paddings = expand_pair(op, "padding", PairArgument(op, "padding", padding));
   }
@@ -277,16 +276,14 @@ py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle
   const char* const op = "max_pool2d";
   const at::Tensor& x = tensor_argument(op, "input", input);
   const PoolPython pool(op, kernel_size, stride, padding, dilation);
-  const PoolArguments arguments = pool_arguments(op, pool.kernel_size, pool.stride, pool.padding,
-                                                 pool.dilation, ceil_mode);
+  const PoolArguments arguments =
+      pool_arguments(op, pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode);
   const std::string reason = not_native(x, arguments);
   if (!reason.empty()) return aten_plan(reason);
   const at::Tensor images = batched(op, x);
   const Layout layout = pool_layout(images);
-  const MaxPool2dProblem problem =
-      pool_problem(op, images.sizes(), dtype_of(x), layout, arguments);
-  const MaxPool2dPlan plan =
-      plan_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
+  const MaxPool2dProblem problem = pool_problem(op, images.sizes(), dtype_of(x), layout, arguments);
+  const MaxPool2dPlan plan = plan_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
   py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
   result["argmax_bytes"] = problem.compact_argmax() ? 1 : 4;
   return result;

@@ -39,14 +39,14 @@ void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
       widened_bias<A>(problem.dtype, bias_data, problem.out_channels, parameter_data);
   const WidenedWeights<A> weights =
       widened_weights<A>(problem, weight, parameter_data + problem.out_channels);
-  const std::vector<Tap> taps =
-      forward_taps(problem, packed, weights.stride_r, weights.stride_s);
+  const std::vector<Tap> taps = forward_taps(problem, packed, weights.stride_r, weights.stride_s);
 
   const PlaneSource source =
       plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
   const PlaneSource destination =
       plane_source(problem.layout, problem.out_channels, problem.out_height, problem.out_width);
-  const int64_t input_image = image_stride(problem.in_channels, problem.in_height, problem.in_width);
+  const int64_t input_image =
+      image_stride(problem.in_channels, problem.in_height, problem.in_width);
   const int64_t output_image =
       image_stride(problem.out_channels, problem.out_height, problem.out_width);
   const int64_t channel_blocks = ceil_div(group_out, plan.channels_per_task);
@@ -89,8 +89,8 @@ void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
         row.out_channel_step = destination.channel_stride;
         row.out_lane_step = destination.column_stride;
         row.width = problem.out_width;
-        row.channels = std::min(plan.channels_per_task,
-                                group_out - channel_block * plan.channels_per_task);
+        row.channels =
+            std::min(plan.channels_per_task, group_out - channel_block * plan.channels_per_task);
         const int64_t y0 = row_block * plan.rows_per_task;
         const int64_t y1 = std::min(problem.out_height, y0 + plan.rows_per_task);
         for (int64_t y = y0; y < y1; ++y) {
@@ -151,8 +151,7 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
   const int64_t parameters = widens(problem.dtype) ? weight_count(problem) : 0;
   const Workspace workspace((packed_count + parameters) * static_cast<int64_t>(sizeof(A)));
   A* const packed_data = workspace.as<A>();
-  const WidenedWeights<A> weights =
-      widened_weights<A>(problem, weight, packed_data + packed_count);
+  const WidenedWeights<A> weights = widened_weights<A>(problem, weight, packed_data + packed_count);
 
   struct Phase {
     GradientPhase rows, columns;
@@ -182,7 +181,8 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
       plane_source(problem.layout, problem.out_channels, problem.out_height, problem.out_width);
   const PlaneSource destination =
       plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
-  const int64_t input_image = image_stride(problem.in_channels, problem.in_height, problem.in_width);
+  const int64_t input_image =
+      image_stride(problem.in_channels, problem.in_height, problem.in_width);
   const int64_t output_image =
       image_stride(problem.out_channels, problem.out_height, problem.out_width);
   const int64_t channel_blocks = ceil_div(group_in, plan.channels_per_task);
@@ -218,9 +218,9 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
           DirectRow<A> row;
           row.shape = {packed.plane(), group_out, phase.taps.data(),
                        static_cast<int64_t>(phase.taps.size()), nullptr};
-          row.weights = {weights.data + group * group_out * weights.stride_k +
-                             group_c * weights.stride_c,
-                         weights.stride_c, weights.stride_k};
+          row.weights = {
+              weights.data + group * group_out * weights.stride_k + group_c * weights.stride_c,
+              weights.stride_c, weights.stride_k};
           row.bias = nullptr;
           row.dtype = problem.dtype;
           row.out = grad_input;

@@ -10,8 +10,7 @@ void conv2d_relu_max_pool2d_winners_backward(const Conv2dReluMaxPool2dProblem& p
                                              const ThreadPool& pool, const void* grad_output,
                                              const void* input, const void* weight,
                                              const void* output, const void* argmax,
-                                             void* grad_input, void* grad_weight,
-                                             void* grad_bias) {
+                                             void* grad_input, void* grad_weight, void* grad_bias) {
   with_dtype(problem.conv.dtype, [&](auto element) {
     with_tap(problem.pool, [&](auto tap) {
       using T = decltype(element);

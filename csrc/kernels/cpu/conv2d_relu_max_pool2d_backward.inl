@@ -16,9 +16,9 @@ constexpr int kRunVectors = CNNK_VECTOR_REGISTERS >= 32 ? 16 : 8;
 
 // How a patch of one group falls into contiguous runs.
 struct Runs {
-  int64_t count;           // kernel rows, or single taps if columns are dilated
-  int64_t length;          // elements
-  int64_t padded;          // elements, a multiple of the vector width
+  int64_t count;                 // kernel rows, or single taps if columns are dilated
+  int64_t length;                // elements
+  int64_t padded;                // elements, a multiple of the vector width
   std::vector<int64_t> offsets;  // from the patch's first pixel
   int64_t size() const { return count * padded; }
 };
@@ -92,7 +92,7 @@ struct WinnerGradient {
 // From pooling windows to patches.
 struct PatchOffsets {
   WinnerPositions positions;
-  std::vector<int64_t> taps;     // of the patch of each tap, from the window's first
+  std::vector<int64_t> taps;      // of the patch of each tap, from the window's first
   int64_t row_step, column_step;  // from one convolution output to the next
   int64_t passes;
 
@@ -305,7 +305,8 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
           std::fill_n(image, input_image, T{});
           for_each_pixel(conv, pixels, [&](int64_t group, int64_t from, int64_t to, int64_t step) {
             const A* const pixel = gradient + group * pixels.group() + from;
-            for (int64_t c = 0; c < pixels.channels; ++c) image[to + c * step] = narrow<T>(pixel[c]);
+            for (int64_t c = 0; c < pixels.channels; ++c)
+              image[to + c * step] = narrow<T>(pixel[c]);
           });
         }
       }

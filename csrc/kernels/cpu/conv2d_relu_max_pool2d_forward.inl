@@ -10,10 +10,9 @@
 // from there as max_pool2d_forward.inl does.
 
 #include "kernels/cpu/direct_tile.inl"
+#include "kernels/cpu/max_pool2d_row.inl"
 #include "kernels/cpu/pack_planes.inl"
 #include "kernels/cpu/widened_weights.inl"
-
-#include "kernels/cpu/max_pool2d_row.inl"
 
 template <class A>
 CNNK_INLINE Vec<A> relu(Vec<A> value) {
@@ -26,7 +25,7 @@ template <class A>
 struct PooledRow {
   DirectRow<A> row;
   int64_t row_step;  // from the window's first to its second convolution row
-  ArgmaxOut argmax;      // elements as of row.out
+  ArgmaxOut argmax;  // elements as of row.out
 };
 
 template <class A, int KB>
@@ -130,10 +129,10 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
                                  (window.kernel_height - 1) * window.dilation_h + 1;
   const int64_t scratch_pitch = round_up(conv.out_width, lanes);
   const int64_t scratch_plane = band_conv_rows * scratch_pitch;
-  const int64_t scratch_count = plan.pool_in_registers
-                                    ? 0
-                                    : plan.channels_per_task * scratch_plane +
-                                          band_conv_rows * whole_window.pitch() + lanes;
+  const int64_t scratch_count =
+      plan.pool_in_registers
+          ? 0
+          : plan.channels_per_task * scratch_plane + band_conv_rows * whole_window.pitch() + lanes;
 
   for (int64_t n0 = 0; n0 < conv.batch; n0 += plan.images_per_chunk) {
     const int64_t images = std::min(plan.images_per_chunk, conv.batch - n0);
@@ -167,8 +166,7 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
         const TileWeights<A> tile_weights = {weights.data + k * weights.stride_k, weights.stride_k,
                                              weights.stride_c};
         const A* const block_bias = bias != nullptr ? bias + k : nullptr;
-        const int64_t out_start =
-            (n0 + image) * output_image + k * destination.channel_stride;
+        const int64_t out_start = (n0 + image) * output_image + k * destination.channel_stride;
         const int64_t y0 = row_block * plan.rows_per_task;
         const int64_t y1 = std::min(window.out_height, y0 + plan.rows_per_task);
 
@@ -176,8 +174,16 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
           PooledRow<A> pooled;
           pooled.row_step = conv.stride_h * packed.pitch();
           pooled.argmax = argmax;
-          pooled.row = {nullptr, shape, tile_weights, block_bias, conv.dtype, output, 0,
-                        destination.channel_stride, destination.column_stride, window.out_width,
+          pooled.row = {nullptr,
+                        shape,
+                        tile_weights,
+                        block_bias,
+                        conv.dtype,
+                        output,
+                        0,
+                        destination.channel_stride,
+                        destination.column_stride,
+                        window.out_width,
                         channels};
           for (int64_t y = y0; y < y1; ++y) {
             pooled.row.source = planes + 2 * y * conv.stride_h * packed.pitch();
@@ -191,16 +197,16 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
         const int64_t conv_y1 =
             std::min(conv.out_height, (y1 - 1) * window.stride_h - window.pad_top +
                                           (window.kernel_height - 1) * window.dilation_h + 1);
-        const DType accumulator =
-            std::is_same_v<A, double> ? DType::float64 : DType::float32;
-        const DirectRow<A> row = {planes, shape, tile_weights, block_bias, accumulator, conv_rows, 0,
-                                  scratch_plane, 1, conv.out_width, channels};
+        const DType accumulator = std::is_same_v<A, double> ? DType::float64 : DType::float32;
+        const DirectRow<A> row = {planes,    shape, tile_weights,  block_bias, accumulator,
+                                  conv_rows, 0,     scratch_plane, 1,          conv.out_width,
+                                  channels};
         relu_rows(row, conv_y0, conv_y1, conv.stride_h * packed.pitch(), scratch_pitch);
 
         PackedPlanes band = whole_window;
         band.top = window.pad_top - y0 * window.stride_h + conv_y0;
-        band.rows = (y1 - y0 - 1) * window.stride_h +
-                    (window.kernel_height - 1) * window.dilation_h + 1;
+        band.rows =
+            (y1 - y0 - 1) * window.stride_h + (window.kernel_height - 1) * window.dilation_h + 1;
         const PlaneSource rows_source = {conv_y1 - conv_y0, conv.out_width, scratch_plane,
                                          scratch_pitch, 1};
         for (int64_t i = 0; i < channels; ++i) {

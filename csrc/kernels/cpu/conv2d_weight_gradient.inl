@@ -98,8 +98,7 @@ void weight_gradient_taps(const PackedImages<A>& packed, const std::vector<int64
 
 template <class T>
 void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
-                     const void* grad_output_data, const void* input_data,
-                     void* grad_weight_data) {
+                     const void* grad_output_data, const void* input_data, void* grad_weight_data) {
   using A = Accumulator<T>;
   const T* const grad_output = static_cast<const T*>(grad_output_data);
   const T* const input = static_cast<const T*>(input_data);
@@ -142,7 +141,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
       plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
   const PlaneSource out_source =
       plane_source(problem.layout, problem.out_channels, problem.out_height, problem.out_width);
-  const int64_t input_image = image_stride(problem.in_channels, problem.in_height, problem.in_width);
+  const int64_t input_image =
+      image_stride(problem.in_channels, problem.in_height, problem.in_width);
   const int64_t output_image =
       image_stride(problem.out_channels, problem.out_height, problem.out_width);
   const int64_t in_blocks = ceil_div(problem.in_channels, kInterleavedChannels);
@@ -165,7 +165,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
           const int64_t k0 = (block - in_blocks) * kInterleavedChannels;
           pack_planes(grad_output + (n0 + image) * output_image + k0 * out_source.channel_stride,
                       out_source, std::min(kInterleavedChannels, problem.out_channels - k0),
-                      packed_out, A{0}, packed_gradient + image * out_image + k0 * packed_out.plane());
+                      packed_out, A{0},
+                      packed_gradient + image * out_image + k0 * packed_out.plane());
         }
       }
     });
@@ -185,17 +186,17 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         const int64_t k = group * group_out + k0;
         const int64_t channels = std::min<int64_t>(kGradientChannels, group_out - k0);
         for (int64_t image = 0; image < images; image += images_per_sum) {
-          const PackedImages<A> summed = {packed_gradient + image * out_image +
-                                              k * packed_out.plane(),
-                                          out_image,
-                                          packed_out.plane(),
-                                          packed_out.pitch(),
-                                          packed_source + image * in_image,
-                                          in_image,
-                                          problem.stride_h * packed_in.pitch(),
-                                          std::min(images_per_sum, images - image),
-                                          problem.out_height,
-                                          problem.out_width};
+          const PackedImages<A> summed = {
+              packed_gradient + image * out_image + k * packed_out.plane(),
+              out_image,
+              packed_out.plane(),
+              packed_out.pitch(),
+              packed_source + image * in_image,
+              in_image,
+              problem.stride_h * packed_in.pitch(),
+              std::min(images_per_sum, images - image),
+              problem.out_height,
+              problem.out_width};
           double* const to = sums + k * sums_row + c0 * kernel;
           const auto run = [&](auto channels_at_once) {
             weight_gradient_taps<A, decltype(channels_at_once)::value>(summed, offsets, to,
@@ -225,8 +226,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         for (int64_t s = 0; s < problem.kernel_width; ++s) {
           grad_weight[k * problem.weight_stride_k + c * problem.weight_stride_c +
                       r * problem.weight_stride_r + s * problem.weight_stride_s] =
-              narrow<T>(static_cast<A>(
-                  sums[k * sums_row + c * kernel + r * problem.kernel_width + s]));
+              narrow<T>(
+                  static_cast<A>(sums[k * sums_row + c * kernel + r * problem.kernel_width + s]));
         }
       }
     }
@@ -243,7 +244,8 @@ void bias_gradient(const Conv2dProblem& problem, const ThreadPool& pool,
   constexpr int64_t lanes = kLanes<A>;
   const int64_t pixels = problem.out_height * problem.out_width;
   const int64_t channels = problem.out_channels;
-  const bool serial = problem.batch * channels * pixels * element_size(problem.dtype) < kSerialBytes;
+  const bool serial =
+      problem.batch * channels * pixels * element_size(problem.dtype) < kSerialBytes;
   if (problem.layout == Layout::nchw) {
     parallel_for(pool, channels, serial, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {

@@ -132,7 +132,7 @@ struct DirectRow {
   TileSource<A> shape;
   TileWeights<A> weights;
   const A* bias;  // of the first channel, or null
-  DType dtype;   // of the output
+  DType dtype;    // of the output
   void* out;
   int64_t out_at;  // element of the first channel's column 0
   int64_t out_channel_step;
@@ -142,7 +142,8 @@ struct DirectRow {
 };
 
 template <class A, int KB, int P>
-__attribute__((noinline)) void direct_span(const DirectRow<A>& row, int64_t k, int64_t first_vector) {
+__attribute__((noinline)) void direct_span(const DirectRow<A>& row, int64_t k,
+                                           int64_t first_vector) {
   constexpr int64_t lanes = kLanes<A>;
   // The last vector is moved back to end with the row: its first lanes are
   // computed twice, which costs less than a partial store.

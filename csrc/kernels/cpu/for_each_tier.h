@@ -73,7 +73,7 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #elif defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -101,9 +101,9 @@ namespace {
 #endif
 
 // The function `name` of the tier for `isa`.
-#define CNNK_TIER_FUNCTION(isa, ...)                      \
-  ((isa) == ::cnnkernels::Isa::avx512 ? &avx512::__VA_ARGS__      \
-   : (isa) == ::cnnkernels::Isa::avx2 ? &avx2::__VA_ARGS__       \
+#define CNNK_TIER_FUNCTION(isa, ...)                         \
+  ((isa) == ::cnnkernels::Isa::avx512 ? &avx512::__VA_ARGS__ \
+   : (isa) == ::cnnkernels::Isa::avx2 ? &avx2::__VA_ARGS__   \
                                       : &baseline::__VA_ARGS__)
 
 #else

@@ -11,9 +11,7 @@ enum class Isa { baseline, avx2, avx512 };
 
 const char* isa_name(Isa isa);
 
-inline int vector_bytes(Isa isa) {
-  return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16;
-}
+inline int vector_bytes(Isa isa) { return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16; }
 
 // What this machine can run, weakest first.
 std::vector<Isa> supported_isas();

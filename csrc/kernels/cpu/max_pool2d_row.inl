@@ -10,7 +10,7 @@ struct PoolRow {
   const int64_t* row_taps;  // kernel_width offsets of a window row's taps
   int64_t row_step;         // from one window row to the next
   int64_t kernel_height, kernel_width;
-  int64_t first_row, last_row;     // window rows inside of the image: [first, last)
+  int64_t first_row, last_row;  // window rows inside of the image: [first, last)
   const Mask<A>* first_column;  // of each output column: its first tap inside
   int64_t width;
 };
@@ -106,7 +106,8 @@ struct PoolTables {
     first_column.assign(round_up(problem.out_width, kLanes<A>), 0);
     for (int64_t x = 0; x < problem.out_width; ++x) {
       const int64_t outside = problem.pad_left - x * problem.stride_w;
-      if (outside > 0) first_column[x] = static_cast<Mask<A>>(ceil_div(outside, problem.dilation_w));
+      if (outside > 0)
+        first_column[x] = static_cast<Mask<A>>(ceil_div(outside, problem.dilation_w));
     }
   }
 };

@@ -113,32 +113,31 @@ void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, 
       using T = decltype(element);
       using Tap = decltype(tap);
       const WinnerPositions positions(problem);
-          const int64_t in_image = problem.channels * problem.in_height * problem.in_width;
+      const int64_t in_image = problem.channels * problem.in_height * problem.in_width;
       const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
       for_each_plane(problem, pool, [&](int64_t n, int64_t channel) {
         const T* const from = static_cast<const T*>(input) + n * in_image;
         T* const to = static_cast<T*>(values) + n * out_image;
         for_each_winner(problem, positions, static_cast<const Tap*>(argmax) + n * out_image,
-                                  channel, [&](int64_t out, int64_t in) { to[out] = from[in]; });
+                        channel, [&](int64_t out, int64_t in) { to[out] = from[in]; });
       });
     });
   });
 }
 
-void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool,
-                        const void* argmax, int64_t* indices) {
+void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* argmax,
+                        int64_t* indices) {
   with_tap(problem, [&](auto tap) {
     using Tap = decltype(tap);
     const WinnerPositions positions(problem);
-      const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
+    const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
     const bool nchw = problem.layout == Layout::nchw;
     for_each_plane(problem, pool, [&](int64_t n, int64_t channel) {
       const int64_t start = nchw ? channel * problem.in_height * problem.in_width : channel;
       const int64_t pixel = nchw ? 1 : problem.channels;
       int64_t* const to = indices + n * out_image;
-      for_each_winner(
-          problem, positions, static_cast<const Tap*>(argmax) + n * out_image, channel,
-          [&](int64_t out, int64_t in) { to[out] = (in - start) / pixel; });
+      for_each_winner(problem, positions, static_cast<const Tap*>(argmax) + n * out_image, channel,
+                      [&](int64_t out, int64_t in) { to[out] = (in - start) / pixel; });
     });
   });
 }

@@ -67,7 +67,7 @@ void pack_planes(const T* image, const PlaneSource& source, int64_t channels,
         A* const to = row + inside.begin;
         if (step == 1) {
           widen_row(from, to, width);
-        } else if (std::is_same_v<T, float> && step == 2) {
+        } else if (std::is_same_v<T, float> && step == 2 && sweep == 1) {
           copy_every_second(from, to, width);
         } else if (count == kInterleavedChannels) {
           for (int64_t i = 0; i < width; ++i, from += step) {

@@ -1,9 +1,7 @@
 // Parameters in the accumulator type.
 
 // Whether elements of `dtype` need widening to be multiplied.
-CNNK_INLINE bool widens(DType dtype) {
-  return dtype == DType::bfloat16 || dtype == DType::float16;
-}
+CNNK_INLINE bool widens(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
 
 // A bias: where it lies if it is of the accumulator type, else widened into
 // `scratch`; null stays null.
