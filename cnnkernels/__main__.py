@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 
 from cnnkernels import show_config
 
@@ -21,6 +23,13 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _import(package: str) -> ModuleType:
+    if find_spec(package) is None:
+        # A checkout that is not installed has the benchmarks beside this package.
+        package = package.removeprefix("cnnkernels.")
+    return importlib.import_module(package)
+
+
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cnnkernels",
@@ -33,7 +42,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         # Only the command that runs is imported, since each needs packages of its own.
         if argv[:1] == [name]:
-            module = importlib.import_module(package)
+            module = _import(package)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser

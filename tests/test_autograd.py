@@ -305,6 +305,8 @@ def test_operators_pass_opcheck() -> None:
         (ops.max_pool2d_backward.default, (output, argmax, input.shape, [2]), {}),
         (ops.max_pool2d_gather.default, (channels_last, argmax, [2]), {}),
         (ops.conv2d_relu_max_pool2d.default, (input, weight, bias), {}),
+        (ops.conv2d_relu_max_pool2d.padding, (input, weight, bias), {"padding": "same"}),
+        (ops.conv2d_relu_max_pool2d_argmax.default, (input, weight, bias, *conv, *pool), {}),
         (
             ops.conv2d_relu_max_pool2d_backward.default,
             (grad_pooled, channels_last, filters, pooled, winners, *conv, *pool, every),

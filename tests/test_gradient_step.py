@@ -174,3 +174,12 @@ def test_bad_lists(params: list[Tensor], grads: list[Tensor], message: str) -> N
     with pytest.raises(RuntimeError, match=message):
         torch.ops.cnnkernels.gd_step_(params, grads, 0.1)
     assert all(p.detach().eq(1).all() for p in params)
+
+
+def test_versions_are_bumped_where_torch_does_the_step() -> None:
+    """Another memory order takes torch's operations, below autograd: the trace must be left too."""
+    param = torch.ones(2, 3, 4, 4)
+    gradient = torch.ones_like(param).contiguous(memory_format=torch.channels_last)
+    torch.ops.cnnkernels.gd_step_([param], [gradient], 0.25)
+    assert param._version == 1
+    assert param.eq(0.75).all()
