@@ -92,12 +92,14 @@ def _is_plain_sequential(module: torch.nn.Sequential) -> bool:
     return type(module).forward is torch.nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
+def _is_customised(module: torch.nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or "_conv_forward" in vars(module)
     )
 
 
@@ -111,7 +113,7 @@ def _fuse_sequential(
             continue
         if type(pool) is not MaxPool2d or pool.return_indices:
             continue
-        if any(map(_has_hooks, (conv, relu, pool))) or uses[conv] > 1 or uses[pool] > 1:
+        if any(map(_is_customised, (conv, relu, pool))) or uses[conv] > 1 or uses[pool] > 1:
             continue
         _set_plain_class(conv, Conv2dReLUMaxPool2d)
         cast(Conv2dReLUMaxPool2d, conv).set_pool(

@@ -338,9 +338,9 @@ def sgd_step_(
 
     ``momentum_buffers`` is empty when momentum is 0. On the first step the buffers' contents are
     ignored and overwritten. With grad_scale the gradients are divided by it in place first; with a
-    found_inf of 1 nothing changes at all.
+    found_inf other than 0 nothing changes at all.
     """
-    if found_inf is not None and found_inf.item() == 1:
+    if found_inf is not None and found_inf.item() != 0:
         return
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad_scale is not None:

@@ -320,3 +320,14 @@ def test_patch_leaves_our_own_functions_alone() -> None:
     with patch():
         ours = functional.conv2d_relu_max_pool2d(IMAGE, WEIGHT)
         torch.testing.assert_close(ours, F.max_pool2d(F.relu(F.conv2d(IMAGE, WEIGHT)), 2))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_module_with_a_forward_of_its_own_is_not_fused(index: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    plain = type(model[index]).forward
+    module = model[index]
+    module.forward = lambda input: -plain(module, input)
+    input = torch.randn(2, 1, 9, 9)
+    expected = model(input)
+    torch.testing.assert_close(cnnkernels.replace_modules(model)(input), expected)

@@ -274,9 +274,48 @@ BAD_POOLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "padding over half the kernel": ((_image(1, 3, 5, 5), 2), {"padding": 2}),
     "negative padding": ((_image(1, 3, 5, 5), 2), {"padding": -1}),
     "dilation 0": ((_image(1, 3, 5, 5), 2), {"dilation": 0}),
+    "padding over half the kernel, but not over half its extent": (
+        (_image(1, 3, 8, 8), 2),
+        {"padding": 2, "dilation": 3},
+    ),
+    "stride over 32 bits": ((_image(1, 3, 5, 5), 2, 2**62), {}),
+    "kernel over 32 bits": ((_image(1, 3, 5, 5), 2**40), {}),
+    "stride over 64 bits": ((_image(1, 3, 5, 5), 2, 2**64), {}),
+    "ceil_mode of None": ((_image(1, 3, 5, 5), 2, 2, 0, 1, None), {}),
     "no tensor": (([[1.0]], 2), {}),
     "no kernel": ((_image(1, 3, 5, 5),), {}),
 }
+
+
+@pytest.mark.parametrize("huge", [2**31, 2**40, 2**62, 2**63 - 1])
+def test_a_stride_that_is_never_taken_may_be_huge(huge: int) -> None:
+    image, weight = _image(1, 3, 5, 5).requires_grad_(), _image(2, 3, 3, 3)
+    output = functional.conv2d(image, weight, None, huge)
+    torch.testing.assert_close(output, F.conv2d(image, weight, None, huge))
+    output.sum().backward()
+    block = functional.conv2d_relu_max_pool2d(image, weight, stride=huge, pool_kernel_size=1)
+    assert block.shape == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize("kwargs", [{"padding": 2**62}, {"dilation": 2**62}, {"padding": 2**31}])
+def test_sizes_that_overflow_are_refused(kwargs: dict[str, int]) -> None:
+    image, weight = _image(1, 3, 5, 5), _image(2, 3, 3, 3)
+    for function in (functional.conv2d, functional.conv2d_relu_max_pool2d):
+        with pytest.raises(RuntimeError):
+            function(image, weight, **kwargs)
+
+
+def test_a_border_that_dwarfs_the_image_is_left_to_aten() -> None:
+    image, weight = _image(1, 3, 5, 5).requires_grad_(), _image(2, 3, 3, 3)
+    kwargs = {"stride": 1000, "padding": 2000, "dilation": 1500}
+    output = functional.conv2d(image, weight, **kwargs)
+    expected = F.conv2d(image, weight, **kwargs)
+    torch.testing.assert_close(output, expected)
+    (ours,) = torch.autograd.grad(output.sum(), image)
+    (theirs,) = torch.autograd.grad(expected.sum(), image)
+    torch.testing.assert_close(ours, theirs)
+    block = functional.conv2d_relu_max_pool2d(image, weight, **kwargs)
+    torch.testing.assert_close(block, torch_block(image, weight, None, **kwargs))
 
 
 def assert_same_error(ours: Any, theirs: Any, args: Any, kwargs: Any) -> None:

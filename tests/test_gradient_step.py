@@ -183,3 +183,17 @@ def test_versions_are_bumped_where_torch_does_the_step() -> None:
     torch.ops.cnnkernels.gd_step_([param], [gradient], 0.25)
     assert param._version == 1
     assert param.eq(0.75).all()
+
+
+def test_a_tensor_listed_twice_is_stepped_twice() -> None:
+    param, gradient = torch.ones(300_000), torch.ones(300_000)
+    for _ in range(5):
+        torch.ops.cnnkernels.gd_step_([param, param], [gradient, gradient], 0.125)
+    assert param.eq(1 - 10 * 0.125).all()
+
+
+def test_a_gradient_that_cannot_be_cast_changes_nothing() -> None:
+    params, grads = [torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3).cfloat()]
+    with pytest.raises(RuntimeError, match=r"grads\[1\]"):
+        torch.ops.cnnkernels.gd_step_(params, grads, 0.5)
+    assert params[0].eq(1).all()

@@ -3,6 +3,9 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <limits>
+
 namespace cnnkernels {
 namespace {
 
@@ -45,6 +48,13 @@ int64_t pool_output_size(const char* op, const char* axis, int64_t size, int64_t
   return out;
 }
 
+// A single output position never takes a stride, however large.
+template <class Problem>
+void drop_unused_strides(Problem& problem) {
+  if (problem.out_height == 1) problem.stride_h = 1;
+  if (problem.out_width == 1) problem.stride_w = 1;
+}
+
 // Whether some window along this axis lies in the border alone, which dilation
 // makes possible.
 bool has_empty_window(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
@@ -74,6 +84,11 @@ ConvArguments conv_arguments(const char* op, at::IntArrayRef stride, at::IntArra
   check_pair(op, "stride", arguments.stride, 1);
   check_pair(op, "padding", arguments.padding, 0);
   check_pair(op, "dilation", arguments.dilation, 1);
+  for (const Pair& pair : {arguments.padding, arguments.dilation}) {
+    TORCH_CHECK(std::max(pair[0], pair[1]) <= std::numeric_limits<int32_t>::max(), op,
+                ": padding and dilation must fit in 32 bits, but got (", pair[0], ", ", pair[1],
+                ")");
+  }
   TORCH_CHECK(groups > 0, op, ": groups must be positive, but got groups=", groups);
   return arguments;
 }
@@ -90,12 +105,16 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
   check_pair(op, "stride", arguments.stride, 1);
   check_pair(op, "padding", arguments.padding, 0);
   check_pair(op, "dilation", arguments.dilation, 1);
+  for (const Pair& pair : {arguments.kernel_size, arguments.stride, arguments.dilation}) {
+    for (const int64_t value : pair) {
+      TORCH_CHECK(value <= std::numeric_limits<int32_t>::max(), op,
+                  ": kernel_size, stride and dilation must fit in 32 bits, but got ", value);
+    }
+  }
   for (int axis = 0; axis < 2; ++axis) {
-    const int64_t extent = kernel_extent(op, arguments.kernel_size[axis], arguments.dilation[axis]);
-    TORCH_CHECK(arguments.padding[axis] <= extent / 2, op,
-                ": padding must be at most half of the kernel's extent, but got padding=",
-                arguments.padding[axis], " for kernel_size=", arguments.kernel_size[axis],
-                " and dilation=", arguments.dilation[axis]);
+    TORCH_CHECK(arguments.padding[axis] <= arguments.kernel_size[axis] / 2, op,
+                ": padding must be at most half of kernel_size, but got padding=",
+                arguments.padding[axis], " for kernel_size=", arguments.kernel_size[axis]);
   }
   return arguments;
 }
@@ -118,6 +137,10 @@ std::string not_native(const at::Tensor& tensor) {
 std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
   const std::string reason = not_native(input);
   if (!reason.empty() || input.dim() < 3) return reason;
+  // The tables of taps, and borders of half a window, would outgrow the image.
+  if (pool.kernel_size[0] * pool.kernel_size[1] > (int64_t{1} << 16)) {
+    return "a window of more than 65536 elements";
+  }
   for (int axis = 0; axis < 2; ++axis) {
     if (pool.dilation[axis] == 1) continue;
     const int64_t size = input.size(input.dim() - 2 + axis);
@@ -236,6 +259,7 @@ Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Te
   }
   problem.out_height = out[0];
   problem.out_width = out[1];
+  drop_unused_strides(problem);
   checked_multiply(
       op, checked_multiply(op, problem.batch, problem.out_channels),
       checked_multiply(op, checked_multiply(op, problem.out_height, problem.out_width), 8));
@@ -267,7 +291,21 @@ MaxPool2dProblem pool_problem(const char* op, at::IntArrayRef input_size, DType 
   problem.out_width =
       pool_output_size(op, "width", problem.in_width, problem.kernel_width, problem.stride_w,
                        problem.pad_left, problem.dilation_w, arguments.ceil_mode);
+  drop_unused_strides(problem);
   return problem;
+}
+
+bool mostly_border(const Conv2dProblem& problem) {
+  const auto bordered = [](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
+    return static_cast<double>(out - 1) * static_cast<double>(stride) +
+           static_cast<double>(kernel - 1) * static_cast<double>(dilation) + 1;
+  };
+  const double plane =
+      bordered(problem.out_height, problem.stride_h, problem.kernel_height, problem.dilation_h) *
+      bordered(problem.out_width, problem.stride_w, problem.kernel_width, problem.dilation_w);
+  const double image =
+      static_cast<double>(problem.in_height) * static_cast<double>(problem.in_width);
+  return plane > 16 * image + 65536;
 }
 
 void set_weight_strides(Conv2dProblem& problem, const at::Tensor& weight) {

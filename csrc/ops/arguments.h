@@ -80,7 +80,8 @@ at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
 // The fused block: the convolution's reasons, and pooling windows that might
 // lie in the padding alone.
 std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
-                             const std::optional<at::Tensor>& bias, const PoolArguments& pool);
+                             const std::optional<at::Tensor>& bias,
+                             const BlockArguments& arguments);
 
 Conv2dReluMaxPool2dProblem block_problem(const char* op, const at::Tensor& images,
                                          const at::Tensor& weight,
@@ -97,6 +98,10 @@ Layout pool_layout(const at::Tensor& input);
 at::MemoryFormat memory_format(Layout layout);
 
 DType dtype_of(const at::Tensor& tensor);
+
+// Whether the kernels, which write out the border, would do little else. ATen
+// takes such calls.
+bool mostly_border(const Conv2dProblem& problem);
 
 // Writes the tensor's strides into the problem.
 void set_weight_strides(Conv2dProblem& problem, const at::Tensor& weight);

@@ -21,6 +21,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// These derivatives are backward ones. A tangent must not be lost in silence.
+template <class... Tensors>
+void refuse_tangents(const char* op, const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(tensors._fw_grad(0).defined() || ...), op,
+                              ": forward-mode derivatives go through cnnkernels.functional");
+}
+
 // The convolution's integers, saved for its derivatives.
 void save_conv(AutogradContext* ctx, at::IntArrayRef stride, at::IntArrayRef padding,
                at::IntArrayRef dilation, int64_t groups) {
@@ -125,6 +132,7 @@ class Conv2dBackwardFunction : public torch::autograd::Function<Conv2dBackwardFu
 at::Tensor autograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  refuse_tangents("conv2d", input, weight);
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     if (!conv2d_not_native(input, weight, bias).empty()) {
       return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
@@ -142,6 +150,7 @@ ops::TensorTriple autograd_conv2d_backward(const at::Tensor& grad_output, const 
                                            const at::Tensor& weight, at::IntArrayRef stride,
                                            at::IntArrayRef padding, at::IntArrayRef dilation,
                                            int64_t groups, std::array<bool, 3> output_mask) {
+  refuse_tangents("conv2d_backward", grad_output, input, weight);
   if (needs_gradient(grad_output, input, weight)) {
     const ConvArguments a = conv_arguments("conv2d_backward", stride, padding, dilation, groups);
     const variable_list gradients = Conv2dBackwardFunction::apply(
@@ -256,6 +265,7 @@ class MaxPool2dGatherFunction : public torch::autograd::Function<MaxPool2dGather
 at::Tensor autograd_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size,
                                at::IntArrayRef stride, at::IntArrayRef padding,
                                at::IntArrayRef dilation, bool ceil_mode) {
+  refuse_tangents("max_pool2d", input);
   if (needs_gradient(input)) {
     const PoolArguments arguments =
         pool_arguments("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode);
@@ -272,6 +282,7 @@ ops::TensorPair autograd_max_pool2d_with_indices(const at::Tensor& input,
                                                  at::IntArrayRef kernel_size,
                                                  at::IntArrayRef stride, at::IntArrayRef padding,
                                                  at::IntArrayRef dilation, bool ceil_mode) {
+  refuse_tangents("max_pool2d_with_indices", input);
   if (needs_gradient(input)) {
     const PoolArguments arguments =
         pool_arguments("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode);
@@ -289,6 +300,7 @@ ops::TensorPair autograd_max_pool2d_with_indices(const at::Tensor& input,
 ops::TensorPair autograd_max_pool2d_argmax(const at::Tensor& input, at::IntArrayRef kernel_size,
                                            at::IntArrayRef stride, at::IntArrayRef padding,
                                            at::IntArrayRef dilation, bool ceil_mode) {
+  refuse_tangents("max_pool2d_argmax", input);
   const auto below = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return ops::max_pool2d_argmax(input, kernel_size, stride, padding, dilation, ceil_mode);
@@ -303,6 +315,7 @@ at::Tensor autograd_max_pool2d_backward(const at::Tensor& grad_output, const at:
                                         c10::SymIntArrayRef input_size, at::IntArrayRef kernel_size,
                                         at::IntArrayRef stride, at::IntArrayRef padding,
                                         at::IntArrayRef dilation, bool ceil_mode) {
+  refuse_tangents("max_pool2d_backward", grad_output);
   if (needs_gradient(grad_output)) {
     return MaxPool2dBackwardFunction::apply(
         grad_output, argmax, input_size,
@@ -317,6 +330,7 @@ at::Tensor autograd_max_pool2d_gather(const at::Tensor& input, const at::Tensor&
                                       at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                       at::IntArrayRef padding, at::IntArrayRef dilation,
                                       bool ceil_mode) {
+  refuse_tangents("max_pool2d_gather", input);
   if (needs_gradient(input)) {
     return MaxPool2dGatherFunction::apply(
         input, argmax,
@@ -374,11 +388,12 @@ at::Tensor autograd_conv2d_relu_max_pool2d(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
     at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
+  refuse_tangents("conv2d_relu_max_pool2d", input, weight);
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     const BlockArguments arguments =
         block_arguments("conv2d_relu_max_pool2d", stride, padding, dilation, groups,
                         pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode);
-    if (!block_not_native(input, weight, bias, arguments.pool).empty()) {
+    if (!block_not_native(input, weight, bias, arguments).empty()) {
       return composed_block(input, weight, bias, arguments);
     }
     return BlockFunction::apply(input, weight, bias, arguments);
@@ -394,6 +409,7 @@ ops::TensorPair autograd_conv2d_relu_max_pool2d_argmax(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
     at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
+  refuse_tangents("conv2d_relu_max_pool2d_argmax", input, weight);
   const auto below = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return ops::conv2d_relu_max_pool2d_argmax(input, weight, bias, stride, padding, dilation,
@@ -415,6 +431,7 @@ ops::TensorTriple autograd_conv2d_relu_max_pool2d_backward(
     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
     at::IntArrayRef pool_dilation, bool pool_ceil_mode, std::array<bool, 3> output_mask) {
+  refuse_tangents("conv2d_relu_max_pool2d_backward", grad_output, input, weight);
   if (needs_gradient(grad_output, input, weight)) {
     const BlockArguments arguments =
         block_arguments("conv2d_relu_max_pool2d_backward", stride, padding, dilation, groups,

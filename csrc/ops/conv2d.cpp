@@ -6,6 +6,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "ops/arguments.h"
 #include "ops/autocast.h"
 #include "ops/dispatch.h"
@@ -40,6 +42,12 @@ TensorTriple conv2d_backward(const at::Tensor& grad_output, const at::Tensor& in
 
 std::string conv2d_not_native(const at::Tensor& input, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(weight.device() == input.device(),
+              "conv2d: input and weight must be on the same device, but got input on ",
+              input.device(), " and weight on ", weight.device());
+  TORCH_CHECK(!has_value(bias) || bias->device() == input.device(),
+              "conv2d: input and bias must be on the same device, but got input on ",
+              input.device(), " and bias on ", has_value(bias) ? bias->device() : input.device());
   std::string reason = not_native(input);
   if (reason.empty() && has_value(bias)) reason = not_native(*bias);
   if (reason.empty()) reason = not_native(weight);
@@ -64,6 +72,11 @@ PaddedInput pad_input(const char* op, const at::Tensor& input, const at::Tensor&
               ")");
   TORCH_CHECK(weight.dim() == 4, op, ": weight must be 4-D, but got weight of size ",
               weight.sizes());
+  for (int axis = 0; axis < 2; ++axis) {
+    TORCH_CHECK(dilations[axis] > 0 && dilations[axis] <= std::numeric_limits<int32_t>::max(), op,
+                ": dilation must be positive and fit in 32 bits for padding='same', but got ",
+                dilations[axis]);
+  }
   // As torch: an odd total goes below and to the right.
   const int64_t total_h = dilations[0] * (weight.size(2) - 1);
   const int64_t total_w = dilations[1] * (weight.size(3) - 1);
@@ -88,6 +101,9 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
   const ConvArguments arguments = conv_arguments("conv2d", stride, padding, dilation, groups);
   const at::Tensor images = batched(input);
   const Conv2dProblem problem = conv_problem("conv2d", images, weight, bias, arguments);
+  if (mostly_border(problem)) {
+    return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  }
   const at::MemoryFormat format = memory_format(problem.layout);
   const at::Tensor source = images.contiguous(format);
   const at::Tensor output =
@@ -115,14 +131,16 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const auto unbatched = [&](at::Tensor grad_input) {
     return grad_input.defined() && input.dim() == 3 ? grad_input.squeeze(0) : grad_input;
   };
-  if (!conv2d_not_native(input, weight, grad_output).empty()) {
+  const auto through_aten = [&]() -> ops::TensorTriple {
     auto [grad_input, grad_weight, grad_bias] = at::convolution_backward(
         gradient, images, weight, at::IntArrayRef{weight.size(0)}, arguments.stride,
         arguments.padding, arguments.dilation, false, {0, 0}, groups, output_mask);
     return {unbatched(grad_input), grad_weight, grad_bias};
-  }
+  };
+  if (!conv2d_not_native(input, weight, grad_output).empty()) return through_aten();
   check_input_dimensions("conv2d_backward", input);
   Conv2dProblem problem = conv_problem("conv2d_backward", images, weight, std::nullopt, arguments);
+  if (mostly_border(problem)) return through_aten();
   const std::array<int64_t, 4> output_size = {problem.batch, problem.out_channels,
                                               problem.out_height, problem.out_width};
   TORCH_CHECK(gradient.sizes() == at::IntArrayRef(output_size),

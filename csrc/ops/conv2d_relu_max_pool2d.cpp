@@ -87,7 +87,9 @@ at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
 
 // A dilated pooling window may lie in the padding alone; ATen takes those.
 std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
-                             const std::optional<at::Tensor>& bias, const PoolArguments& pool) {
+                             const std::optional<at::Tensor>& bias,
+                             const BlockArguments& arguments) {
+  const PoolArguments& pool = arguments.pool;
   const std::string reason = conv2d_not_native(input, weight, bias);
   if (!reason.empty()) return reason;
   if ((pool.dilation[0] > 1 || pool.dilation[1] > 1) &&
@@ -97,7 +99,14 @@ std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
   if (pool.ceil_mode && (pool.dilation[0] > 1 || pool.dilation[1] > 1)) {
     return "a dilated pooling window with ceil_mode";
   }
-  return "";
+  for (int axis = 0; axis < 2; ++axis) {
+    if (arguments.conv.padding[axis] > 1024 || arguments.conv.dilation[axis] > 1024) {
+      return "padding or dilation of more than 1024";  // the kernel writes out the border
+    }
+  }
+  PoolArguments undilated = pool;
+  undilated.dilation = {1, 1};
+  return not_native(input, undilated);
 }
 
 Conv2dReluMaxPool2dProblem block_problem(const char* op, const at::Tensor& images,
@@ -169,7 +178,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
   const BlockArguments arguments =
       block_arguments(kOp, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
                       pool_padding, pool_dilation, pool_ceil_mode);
-  if (!block_not_native(input, weight, bias, arguments.pool).empty()) {
+  if (!block_not_native(input, weight, bias, arguments).empty()) {
     return composed_block(input, weight, bias, arguments);
   }
   return std::get<0>(run(input, weight, bias, arguments, false));
@@ -185,7 +194,7 @@ ops::TensorPair forward_argmax(const at::Tensor& input, const at::Tensor& weight
   const BlockArguments arguments =
       block_arguments(op, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
                       pool_padding, pool_dilation, pool_ceil_mode);
-  const std::string reason = block_not_native(input, weight, bias, arguments.pool);
+  const std::string reason = block_not_native(input, weight, bias, arguments);
   TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
   return run(input, weight, bias, arguments, true);
 }
@@ -201,7 +210,7 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const BlockArguments arguments =
       block_arguments(op, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
                       pool_padding, pool_dilation, pool_ceil_mode);
-  const std::string reason = block_not_native(input, weight, grad_output, arguments.pool);
+  const std::string reason = block_not_native(input, weight, grad_output, arguments);
   TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
   check_input_dimensions(op, input);
   const int64_t dimensions = input.dim();

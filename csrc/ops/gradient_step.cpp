@@ -2,6 +2,7 @@
 #include "kernels/gradient_step.h"
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
@@ -45,6 +46,9 @@ void check_list(const char* op, const char* name, at::TensorList list, at::Tenso
     TORCH_CHECK(list[i].device() == params[i].device(), op, ": ", name, "[", i,
                 "] must be on the device of params[", i, "], ", params[i].device(), ", but is on ",
                 list[i].device());
+    TORCH_CHECK(c10::canCast(list[i].scalar_type(), params[i].scalar_type()), op, ": ", name, "[",
+                i, "] of ", list[i].scalar_type(), " cannot step params[", i, "] of ",
+                params[i].scalar_type());
   }
 }
 
@@ -53,6 +57,8 @@ void check_mutable(const char* op, at::TensorList params) {
   for (size_t i = 0; i < params.size(); ++i) {
     TORCH_CHECK(!(at::GradMode::is_enabled() && params[i].requires_grad()), op, ": params[", i,
                 "] requires grad: a step changes it in place, so call it under torch.no_grad()");
+    TORCH_CHECK(!params[i].is_inference() || c10::InferenceMode::is_enabled(), op, ": params[", i,
+                "] is an inference tensor, which only InferenceMode may change");
   }
 }
 

@@ -36,10 +36,15 @@ int64_t int_argument(const char* op, const char* name, py::handle value) {
   const Py_ssize_t number = PyNumber_AsSsize_t(value.ptr(), PyExc_OverflowError);
   if (number == -1 && PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    throw std::runtime_error(std::string(op) + "(): argument '" + name +
-                             "' overflows 64 bits: " + std::string(py::str(value)));
+    throw py::value_error(std::string(op) + "(): argument '" + name +
+                          "' overflows 64 bits: " + std::string(py::str(value)));
   }
   return number;
+}
+
+bool bool_argument(const char* op, const char* name, py::handle value) {
+  if (!PyBool_Check(value.ptr())) bad_type(op, name, "bool", value);
+  return value.ptr() == Py_True;
 }
 
 // An int, or a sequence of one or two.
@@ -118,17 +123,19 @@ struct PoolPython {
 };
 
 at::Tensor max_pool2d(py::handle input, py::handle kernel_size, py::handle stride,
-                      py::handle padding, py::handle dilation, bool ceil_mode) {
+                      py::handle padding, py::handle dilation, py::handle ceil) {
   const at::Tensor& x = tensor_argument("max_pool2d", "input", input);
   const PoolPython pool("max_pool2d", kernel_size, stride, padding, dilation);
+  const bool ceil_mode = bool_argument("max_pool2d", "ceil_mode", ceil);
   const py::gil_scoped_release no_gil;
   return ops::max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode);
 }
 
 ops::TensorPair max_pool2d_with_indices(py::handle input, py::handle kernel_size, py::handle stride,
-                                        py::handle padding, py::handle dilation, bool ceil_mode) {
+                                        py::handle padding, py::handle dilation, py::handle ceil) {
   const at::Tensor& x = tensor_argument("max_pool2d", "input", input);
   const PoolPython pool("max_pool2d", kernel_size, stride, padding, dilation);
+  const bool ceil_mode = bool_argument("max_pool2d", "ceil_mode", ceil);
   const py::gil_scoped_release no_gil;
   return ops::max_pool2d_with_indices(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation,
                                       ceil_mode);
@@ -138,7 +145,7 @@ at::Tensor conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handl
                                   py::handle stride, py::handle padding, py::handle dilation,
                                   py::handle groups, py::handle pool_kernel_size,
                                   py::handle pool_stride, py::handle pool_padding,
-                                  py::handle pool_dilation, bool pool_ceil_mode) {
+                                  py::handle pool_dilation, py::handle pool_ceil) {
   const char* const op = "conv2d_relu_max_pool2d";
   const at::Tensor& x = tensor_argument(op, "input", input);
   const at::Tensor& w = tensor_argument(op, "weight", weight);
@@ -147,6 +154,7 @@ at::Tensor conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handl
   const PairArgument dilations(op, "dilation", dilation);
   const int64_t group_count = int_argument(op, "groups", groups);
   const PoolPython pool(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_");
+  const bool pool_ceil_mode = bool_argument(op, "pool_ceil_mode", pool_ceil);
   if (PyUnicode_Check(padding.ptr())) {
     const std::string mode = py::cast<std::string>(padding);
     const py::gil_scoped_release no_gil;
@@ -260,6 +268,7 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
   const std::string reason = conv2d_not_native(x, w, b);
   if (!reason.empty()) return aten_plan(reason);
   const Conv2dProblem problem = conv_problem(op, batched(op, x), w, b, arguments);
+  if (mostly_border(problem)) return aten_plan("the border is much larger than the image");
   const Conv2dPlan plan = plan_conv2d(problem, active_isa(), torch_thread_pool().threads);
   py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
   result["images_per_chunk"] = plan.images_per_chunk;
@@ -272,10 +281,11 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
 }
 
 py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle stride,
-                            py::handle padding, py::handle dilation, bool ceil_mode) {
+                            py::handle padding, py::handle dilation, py::handle ceil) {
   const char* const op = "max_pool2d";
   const at::Tensor& x = tensor_argument(op, "input", input);
   const PoolPython pool(op, kernel_size, stride, padding, dilation);
+  const bool ceil_mode = bool_argument(op, "ceil_mode", ceil);
   const PoolArguments arguments =
       pool_arguments(op, pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode);
   const std::string reason = not_native(x, arguments);
@@ -293,16 +303,17 @@ py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py:
                                         py::handle stride, py::handle padding, py::handle dilation,
                                         py::handle groups, py::handle pool_kernel_size,
                                         py::handle pool_stride, py::handle pool_padding,
-                                        py::handle pool_dilation, bool pool_ceil_mode) {
+                                        py::handle pool_dilation, py::handle pool_ceil) {
   const char* const op = "conv2d_relu_max_pool2d";
   const at::Tensor& x = tensor_argument(op, "input", input);
   const at::Tensor& w = tensor_argument(op, "weight", weight);
   const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
   const ConvArguments conv = parse_conv(op, x, w, stride, padding, dilation, groups);
   const PoolPython pool(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_");
+  const bool pool_ceil_mode = bool_argument(op, "pool_ceil_mode", pool_ceil);
   const PoolArguments window = pool_arguments(op, pool.kernel_size, pool.stride, pool.padding,
                                               pool.dilation, pool_ceil_mode);
-  const std::string reason = block_not_native(x, w, b, window);
+  const std::string reason = block_not_native(x, w, b, {conv, window});
   if (!reason.empty()) return aten_plan(reason);
   const Conv2dReluMaxPool2dProblem problem =
       block_problem(op, batched(op, x), w, b, {conv, window});

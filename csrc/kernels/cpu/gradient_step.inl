@@ -57,6 +57,14 @@ void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const Step
   }
 }
 
+inline bool has_repeats(const std::vector<StepTensor>& tensors) {
+  std::vector<const void*> params;
+  params.reserve(tensors.size());
+  for (const StepTensor& tensor : tensors) params.push_back(tensor.param);
+  std::sort(params.begin(), params.end());
+  return std::adjacent_find(params.begin(), params.end()) != params.end();
+}
+
 template <class T>
 void step(const ThreadPool& pool, const std::vector<StepTensor>& tensors,
           const StepOptions& options) {
@@ -67,7 +75,8 @@ void step(const ThreadPool& pool, const std::vector<StepTensor>& tensors,
   ends.reserve(tensors.size());
   int64_t total = 0;
   for (const StepTensor& tensor : tensors) ends.push_back(total += tensor.count);
-  const bool serial = total < kSerialElements;
+  // A tensor listed twice is stepped twice, one step after the other.
+  const bool serial = total < kSerialElements || has_repeats(tensors);
   // Chunks of a few pages, so that a task starts on its own cache lines.
   parallel_for(pool, ceil_div(total, kChunkElements), serial, [&](int64_t begin, int64_t end) {
     int64_t at = begin * kChunkElements;
