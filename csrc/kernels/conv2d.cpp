@@ -19,7 +19,8 @@ int64_t rows_per_task(int64_t rows, int64_t other_tasks, int threads) {
   return ceil_div(rows, blocks);
 }
 
-// The plan for `out` planes computed from `packed_planes` packed planes an image.
+// The plan of a direct pass that packs `packed_image` elements an image and gives
+// `group_channels` channels of `rows` rows in each group.
 Conv2dPlan direct_plan(const Conv2dProblem& problem, Isa isa, int threads, int64_t packed_image,
                        int64_t group_channels, int64_t rows) {
   Conv2dPlan plan;

@@ -75,7 +75,6 @@ BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntAr
                          pool_ceil_mode)};
 }
 
-// The three torch calls, for what the kernels do not cover.
 at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias, const BlockArguments& arguments) {
   const at::Tensor convolved =
@@ -85,7 +84,6 @@ at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
                         arguments.pool.padding, arguments.pool.dilation, arguments.pool.ceil_mode);
 }
 
-// A dilated pooling window may lie in the padding alone; ATen takes those.
 std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias,
                              const BlockArguments& arguments) {
