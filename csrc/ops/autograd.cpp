@@ -8,18 +8,17 @@
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
+#include "ops/autograd_node.h"
 #include "ops/dispatch.h"
 #include "ops/operators.h"
 
 namespace cnnkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using torch::autograd::set_history;
 
 // These derivatives are backward ones. A tangent must not be lost in silence.
 template <class... Tensors>
@@ -28,92 +27,55 @@ void refuse_tangents(const char* op, const Tensors&... tensors) {
                               ": forward-mode derivatives go through cnnkernels.functional");
 }
 
-// The convolution's integers, saved for its derivatives.
-void save_conv(AutogradContext* ctx, at::IntArrayRef stride, at::IntArrayRef padding,
-               at::IntArrayRef dilation, int64_t groups) {
-  ctx->saved_data["stride"] = stride.vec();
-  ctx->saved_data["padding"] = padding.vec();
-  ctx->saved_data["dilation"] = dilation.vec();
-  ctx->saved_data["groups"] = groups;
+template <class Visit, class... Pairs>
+void each_integer(Visit&& visit, Pairs&... pairs) {
+  const auto both = [&](auto& pair) {
+    visit(pair[0]);
+    visit(pair[1]);
+  };
+  (both(pairs), ...);
 }
 
-struct SavedConv {
-  std::vector<int64_t> stride, padding, dilation;
-  int64_t groups;
+struct ConvNodeArguments {
+  ConvArguments conv;
 
-  explicit SavedConv(AutogradContext* ctx)
-      : stride(ctx->saved_data["stride"].toIntVector()),
-        padding(ctx->saved_data["padding"].toIntVector()),
-        dilation(ctx->saved_data["dilation"].toIntVector()),
-        groups(ctx->saved_data["groups"].toInt()) {}
-};
-
-class Conv2dFunction : public torch::autograd::Function<Conv2dFunction> {
- public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({input, weight});
-    save_conv(ctx, stride, padding, dilation, groups);
-    ctx->saved_data["bias"] = has_value(bias);
-    return ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(7);
-    const variable_list saved = ctx->get_saved_variables();
-    const SavedConv arguments(ctx);
-    const bool bias_gradient = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
-    auto [grad_input, grad_weight, grad_bias] = ops::conv2d_backward(
-        gradients[0], saved[0], saved[1], arguments.stride, arguments.padding, arguments.dilation,
-        arguments.groups, {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias_gradient});
-    return {grad_input, grad_weight, grad_bias, {}, {}, {}, {}};
+  template <class Self, class Visit>
+  static void each_key(Self& self, Visit&& visit) {
+    each_integer(visit, self.conv.stride, self.conv.padding, self.conv.dilation);
+    visit(self.conv.groups);
   }
 };
 
-// Puts the wanted ones of three tensors in their places.
-template <class Mask>
-variable_list spread(const variable_list& wanted, const Mask& mask) {
-  variable_list all(3);
-  size_t next = 0;
-  for (size_t i = 0; i < 3; ++i) {
-    if (mask[i]) all[i] = wanted[next++];
-  }
-  return all;
-}
-
-class Conv2dBackwardFunction : public torch::autograd::Function<Conv2dBackwardFunction> {
+class Conv2dBackward final : public SavingNode<Conv2dBackward, ConvNodeArguments, 3, 2> {
  public:
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output,
-                               const at::Tensor& input, const at::Tensor& weight,
-                               at::IntArrayRef stride, at::IntArrayRef padding,
-                               at::IntArrayRef dilation, int64_t groups,
-                               std::array<bool, 3> output_mask) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({grad_output, input, weight});
-    save_conv(ctx, stride, padding, dilation, groups);
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["wanted"] = c10::List<bool>({output_mask[0], output_mask[1], output_mask[2]});
-    auto [grad_input, grad_weight, grad_bias] = ops::conv2d_backward(
-        grad_output, input, weight, stride, padding, dilation, groups, output_mask);
-    // Autograd takes no undefined outputs: only the wanted ones are returned.
-    variable_list results;
-    for (const at::Tensor& gradient : {grad_input, grad_weight, grad_bias}) {
-      if (gradient.defined()) results.push_back(gradient);
-    }
-    return results;
-  }
+  using SavingNode::SavingNode;
+  static constexpr const char* kName = "Conv2dBackward";
+  enum Saved { kInput, kWeight };
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& wanted_gradients) {
-    const variable_list saved = ctx->get_saved_variables();
-    const SavedConv arguments(ctx);
-    const variable_list gradients =
-        spread(wanted_gradients, ctx->saved_data["wanted"].toBoolList());
+  static variable_list backward(const Call& call, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(3);
+    const ConvArguments& a = call.arguments.conv;
+    auto [grad_input, grad_weight, grad_bias] =
+        ops::conv2d_backward(gradients[0], call.saved[kInput], call.saved[kWeight], a.stride,
+                             a.padding, a.dilation, a.groups, call.wanted);
+    return {grad_input, grad_weight, grad_bias};
+  }
+};
+
+class Conv2dDoubleBackward final
+    : public SavingNode<Conv2dDoubleBackward, ConvNodeArguments, 3, 3> {
+ public:
+  using SavingNode::SavingNode;
+  static constexpr const char* kName = "Conv2dDoubleBackward";
+  enum Saved { kGradOutput, kInput, kWeight };
+
+  static variable_list backward(const Call& call, const variable_list& gradients) {
+    const at::Tensor grad_output = call.saved[kGradOutput], input = call.saved[kInput];
+    const ConvArguments& a = call.arguments.conv;
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
     };
-    const bool one_image = saved[1].dim() == 3;
+    const bool one_image = input.dim() == 3;
     const auto image = [&](const at::Tensor& tensor) {
       return one_image && tensor.defined() ? tensor.unsqueeze(0) : tensor;
     };
@@ -122,10 +84,9 @@ class Conv2dBackwardFunction : public torch::autograd::Function<Conv2dBackwardFu
     };
     auto [grad_grad_output, grad_input, grad_weight] = at::_convolution_double_backward(
         optional(image(gradients[0])), optional(gradients[1]), optional(gradients[2]),
-        image(saved[0]), saved[2], image(saved[1]), arguments.stride, arguments.padding,
-        arguments.dilation, false, {0, 0}, arguments.groups,
-        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
-    return {unbatched(grad_grad_output), unbatched(grad_input), grad_weight, {}, {}, {}, {}, {}};
+        image(grad_output), call.saved[kWeight], image(input), a.stride, a.padding, a.dilation,
+        false, {0, 0}, a.groups, call.wanted);
+    return {unbatched(grad_grad_output), unbatched(grad_input), grad_weight};
   }
 };
 
@@ -137,10 +98,16 @@ at::Tensor autograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
     if (!conv2d_not_native(input, weight, bias).empty()) {
       return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
     }
-    const char* const op = "conv2d";
-    const ConvArguments a = conv_arguments(op, stride, padding, dilation, groups);
-    return Conv2dFunction::apply(input, weight, bias, at::IntArrayRef(a.stride),
-                                 at::IntArrayRef(a.padding), at::IntArrayRef(a.dilation), groups);
+    const ConvArguments a = conv_arguments("conv2d", stride, padding, dilation, groups);
+    const auto node = make_node<Conv2dBackward>(ConvNodeArguments{a}, input, weight, bias);
+    node->save(Conv2dBackward::kInput, input);
+    node->save(Conv2dBackward::kWeight, weight);
+    const at::Tensor output = [&] {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      return ops::conv2d(input, weight, bias, a.stride, a.padding, a.dilation, groups);
+    }();
+    set_history(output, node);
+    return output;
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
@@ -151,116 +118,77 @@ ops::TensorTriple autograd_conv2d_backward(const at::Tensor& grad_output, const 
                                            at::IntArrayRef padding, at::IntArrayRef dilation,
                                            int64_t groups, std::array<bool, 3> output_mask) {
   refuse_tangents("conv2d_backward", grad_output, input, weight);
-  if (needs_gradient(grad_output, input, weight)) {
-    const ConvArguments a = conv_arguments("conv2d_backward", stride, padding, dilation, groups);
-    const variable_list gradients = Conv2dBackwardFunction::apply(
-        grad_output, input, weight, at::IntArrayRef(a.stride), at::IntArrayRef(a.padding),
-        at::IntArrayRef(a.dilation), groups, output_mask);
-    const variable_list all = spread(gradients, output_mask);
-    return {all[0], all[1], all[2]};
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::conv2d_backward(grad_output, input, weight, stride, padding, dilation, groups,
-                              output_mask);
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::conv2d_backward(grad_output, input, weight, stride, padding, dilation, groups,
+                                output_mask);
+  };
+  if (!needs_gradient(grad_output, input, weight)) return below();
+  const ConvArguments a = conv_arguments("conv2d_backward", stride, padding, dilation, groups);
+  const auto node =
+      make_node<Conv2dDoubleBackward>(ConvNodeArguments{a}, grad_output, input, weight);
+  node->save(Conv2dDoubleBackward::kGradOutput, grad_output);
+  node->save(Conv2dDoubleBackward::kInput, input);
+  node->save(Conv2dDoubleBackward::kWeight, weight);
+  const ops::TensorTriple gradients = below();
+  set_history({std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)}, node);
+  return gradients;
 }
 
-void save_pool(AutogradContext* ctx, const PoolArguments& arguments,
-               c10::SymIntArrayRef input_size) {
-  ctx->saved_data["kernel_size"] = at::IntArrayRef(arguments.kernel_size).vec();
-  ctx->saved_data["stride"] = at::IntArrayRef(arguments.stride).vec();
-  ctx->saved_data["padding"] = at::IntArrayRef(arguments.padding).vec();
-  ctx->saved_data["dilation"] = at::IntArrayRef(arguments.dilation).vec();
-  ctx->saved_data["ceil_mode"] = arguments.ceil_mode;
-  ctx->saved_data["input_size"] = input_size.vec();
-}
-
-struct SavedPool {
-  std::vector<int64_t> kernel_size, stride, padding, dilation;
-  bool ceil_mode;
+struct PoolNodeArguments {
+  PoolArguments pool;
   std::vector<c10::SymInt> input_size;
 
-  explicit SavedPool(AutogradContext* ctx)
-      : kernel_size(ctx->saved_data["kernel_size"].toIntVector()),
-        stride(ctx->saved_data["stride"].toIntVector()),
-        padding(ctx->saved_data["padding"].toIntVector()),
-        dilation(ctx->saved_data["dilation"].toIntVector()),
-        ceil_mode(ctx->saved_data["ceil_mode"].toBool()),
-        input_size(ctx->saved_data["input_size"].toSymIntVector()) {}
+  template <class Self, class Visit>
+  static void each_key(Self& self, Visit&& visit) {
+    each_integer(visit, self.pool.kernel_size, self.pool.stride, self.pool.padding,
+                 self.pool.dilation);
+    visit(self.pool.ceil_mode);
+    visit(self.input_size);
+  }
 };
 
-class MaxPool2dFunction : public torch::autograd::Function<MaxPool2dFunction> {
+// Spreads the output's gradient over the winners. Also the derivative of
+// max_pool2d_gather, which reads the winners.
+class MaxPool2dBackward final : public SavingNode<MaxPool2dBackward, PoolNodeArguments, 1, 1> {
  public:
-  // Returns the output, and torch's indices if they are asked for.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input,
-                               const PoolArguments& arguments, bool with_indices) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    save_pool(ctx, arguments, input.sym_sizes());
-    const auto [output, argmax] =
-        ops::max_pool2d_argmax(input, arguments.kernel_size, arguments.stride, arguments.padding,
-                               arguments.dilation, arguments.ceil_mode);
-    ctx->save_for_backward({argmax});
-    if (!with_indices) return {output};
-    const at::Tensor indices = std::get<1>(
-        ops::max_pool2d_with_indices(input, arguments.kernel_size, arguments.stride,
-                                     arguments.padding, arguments.dilation, arguments.ceil_mode));
-    ctx->mark_non_differentiable({indices});
-    return {output, indices};
-  }
+  using SavingNode::SavingNode;
+  static constexpr const char* kName = "MaxPool2dBackward";
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(3);
-    const SavedPool a(ctx);
-    return {ops::max_pool2d_backward(gradients[0], ctx->get_saved_variables()[0], a.input_size,
-                                     a.kernel_size, a.stride, a.padding, a.dilation, a.ceil_mode),
-            {},
-            {}};
+  static variable_list backward(const Call& call, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(1);
+    const PoolArguments& a = call.arguments.pool;
+    return {ops::max_pool2d_backward(gradients[0], call.saved[0], call.arguments.input_size,
+                                     a.kernel_size, a.stride, a.padding, a.dilation, a.ceil_mode)};
   }
 };
 
-class MaxPool2dBackwardFunction : public torch::autograd::Function<MaxPool2dBackwardFunction> {
+class MaxPool2dDoubleBackward final
+    : public SavingNode<MaxPool2dDoubleBackward, PoolNodeArguments, 1, 1> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& grad_output,
-                            const at::Tensor& argmax, c10::SymIntArrayRef input_size,
-                            const PoolArguments& arguments) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    save_pool(ctx, arguments, input_size);
-    ctx->save_for_backward({argmax});
-    return ops::max_pool2d_backward(grad_output, argmax, input_size, arguments.kernel_size,
-                                    arguments.stride, arguments.padding, arguments.dilation,
-                                    arguments.ceil_mode);
-  }
+  using SavingNode::SavingNode;
+  static constexpr const char* kName = "MaxPool2dDoubleBackward";
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(4);
-    const SavedPool a(ctx);
-    return {ops::max_pool2d_gather(gradients[0], ctx->get_saved_variables()[0], a.kernel_size,
-                                   a.stride, a.padding, a.dilation, a.ceil_mode),
-            {},
-            {},
-            {}};
+  static variable_list backward(const Call& call, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(1);
+    const PoolArguments& a = call.arguments.pool;
+    return {ops::max_pool2d_gather(gradients[0], call.saved[0], a.kernel_size, a.stride, a.padding,
+                                   a.dilation, a.ceil_mode)};
   }
 };
 
-class MaxPool2dGatherFunction : public torch::autograd::Function<MaxPool2dGatherFunction> {
- public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& argmax,
-                            const PoolArguments& arguments) {
+ops::TensorPair argmax_with_history(const at::Tensor& input, const PoolArguments& a) {
+  const auto node =
+      make_node<MaxPool2dBackward>(PoolNodeArguments{a, input.sym_sizes().vec()}, input);
+  ops::TensorPair result = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    save_pool(ctx, arguments, input.sym_sizes());
-    ctx->save_for_backward({argmax});
-    return ops::max_pool2d_gather(input, argmax, arguments.kernel_size, arguments.stride,
-                                  arguments.padding, arguments.dilation, arguments.ceil_mode);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(3);
-    const SavedPool a(ctx);
-    return {ops::max_pool2d_backward(gradients[0], ctx->get_saved_variables()[0], a.input_size,
-                                     a.kernel_size, a.stride, a.padding, a.dilation, a.ceil_mode),
-            {},
-            {}};
-  }
-};
+    return ops::max_pool2d_argmax(input, a.kernel_size, a.stride, a.padding, a.dilation,
+                                  a.ceil_mode);
+  }();
+  set_history(std::get<0>(result), node);
+  node->save(0, std::get<1>(result));
+  return result;
+}
 
 at::Tensor autograd_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size,
                                at::IntArrayRef stride, at::IntArrayRef padding,
@@ -272,7 +200,7 @@ at::Tensor autograd_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_s
     if (!not_native(input, arguments).empty()) {
       return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
     }
-    return MaxPool2dFunction::apply(input, arguments, false)[0];
+    return std::get<0>(argmax_with_history(input, arguments));
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return ops::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
@@ -289,26 +217,27 @@ ops::TensorPair autograd_max_pool2d_with_indices(const at::Tensor& input,
     if (!not_native(input, arguments).empty()) {
       return at::max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode);
     }
-    const variable_list results = MaxPool2dFunction::apply(input, arguments, true);
-    return {results[0], results[1]};
+    const at::Tensor indices = [&] {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      return std::get<1>(
+          ops::max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode));
+    }();
+    return {std::get<0>(argmax_with_history(input, arguments)), indices};
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return ops::max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
-// Saves its own argmax: differentiable as max_pool2d is.
 ops::TensorPair autograd_max_pool2d_argmax(const at::Tensor& input, at::IntArrayRef kernel_size,
                                            at::IntArrayRef stride, at::IntArrayRef padding,
                                            at::IntArrayRef dilation, bool ceil_mode) {
   refuse_tangents("max_pool2d_argmax", input);
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return ops::max_pool2d_argmax(input, kernel_size, stride, padding, dilation, ceil_mode);
-  };
-  if (!needs_gradient(input)) return below();
-  const at::Tensor output =
-      ops::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
-  return {output, std::get<1>(below())};
+  if (needs_gradient(input)) {
+    return argmax_with_history(input, pool_arguments("max_pool2d_argmax", kernel_size, stride,
+                                                     padding, dilation, ceil_mode));
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::max_pool2d_argmax(input, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
 at::Tensor autograd_max_pool2d_backward(const at::Tensor& grad_output, const at::Tensor& argmax,
@@ -316,14 +245,20 @@ at::Tensor autograd_max_pool2d_backward(const at::Tensor& grad_output, const at:
                                         at::IntArrayRef stride, at::IntArrayRef padding,
                                         at::IntArrayRef dilation, bool ceil_mode) {
   refuse_tangents("max_pool2d_backward", grad_output);
-  if (needs_gradient(grad_output)) {
-    return MaxPool2dBackwardFunction::apply(
-        grad_output, argmax, input_size,
-        pool_arguments("max_pool2d_backward", kernel_size, stride, padding, dilation, ceil_mode));
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::max_pool2d_backward(grad_output, argmax, input_size, kernel_size, stride, padding,
-                                  dilation, ceil_mode);
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::max_pool2d_backward(grad_output, argmax, input_size, kernel_size, stride, padding,
+                                    dilation, ceil_mode);
+  };
+  if (!needs_gradient(grad_output)) return below();
+  const PoolArguments a =
+      pool_arguments("max_pool2d_backward", kernel_size, stride, padding, dilation, ceil_mode);
+  const auto node =
+      make_node<MaxPool2dDoubleBackward>(PoolNodeArguments{a, input_size.vec()}, grad_output);
+  node->save(0, argmax);
+  const at::Tensor grad_input = below();
+  set_history(grad_input, node);
+  return grad_input;
 }
 
 at::Tensor autograd_max_pool2d_gather(const at::Tensor& input, const at::Tensor& argmax,
@@ -331,57 +266,74 @@ at::Tensor autograd_max_pool2d_gather(const at::Tensor& input, const at::Tensor&
                                       at::IntArrayRef padding, at::IntArrayRef dilation,
                                       bool ceil_mode) {
   refuse_tangents("max_pool2d_gather", input);
-  if (needs_gradient(input)) {
-    return MaxPool2dGatherFunction::apply(
-        input, argmax,
-        pool_arguments("max_pool2d_gather", kernel_size, stride, padding, dilation, ceil_mode));
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::max_pool2d_gather(input, argmax, kernel_size, stride, padding, dilation, ceil_mode);
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::max_pool2d_gather(input, argmax, kernel_size, stride, padding, dilation, ceil_mode);
+  };
+  if (!needs_gradient(input)) return below();
+  const PoolArguments a =
+      pool_arguments("max_pool2d_gather", kernel_size, stride, padding, dilation, ceil_mode);
+  const auto node =
+      make_node<MaxPool2dBackward>(PoolNodeArguments{a, input.sym_sizes().vec()}, input);
+  node->save(0, argmax);
+  const at::Tensor values = below();
+  set_history(values, node);
+  return values;
 }
 
-class BlockFunction : public torch::autograd::Function<BlockFunction> {
- public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias,
-                            const BlockArguments& arguments) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const ConvArguments& conv = arguments.conv;
-    const PoolArguments& pool = arguments.pool;
-    const auto save = [&](const char* name, const Pair& pair) {
-      ctx->saved_data[name] = at::IntArrayRef(pair).vec();
-    };
-    save("stride", conv.stride);
-    save("padding", conv.padding);
-    save("dilation", conv.dilation);
-    ctx->saved_data["groups"] = conv.groups;
-    save("pool_kernel_size", pool.kernel_size);
-    save("pool_stride", pool.stride);
-    save("pool_padding", pool.padding);
-    save("pool_dilation", pool.dilation);
-    ctx->saved_data["pool_ceil_mode"] = pool.ceil_mode;
-    ctx->saved_data["bias"] = has_value(bias);
-    const auto [output, argmax] = ops::conv2d_relu_max_pool2d_argmax(
-        input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups,
-        pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode);
-    ctx->save_for_backward({input, weight, output, argmax});
-    return output;
-  }
+struct BlockNodeArguments {
+  BlockArguments block;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(4);
-    const variable_list saved = ctx->get_saved_variables();
-    const auto pair = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
-    const bool bias_gradient = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
-    auto [grad_input, grad_weight, grad_bias] = ops::conv2d_relu_max_pool2d_backward(
-        gradients[0], saved[0], saved[1], saved[2], saved[3], pair("stride"), pair("padding"),
-        pair("dilation"), ctx->saved_data["groups"].toInt(), pair("pool_kernel_size"),
-        pair("pool_stride"), pair("pool_padding"), pair("pool_dilation"),
-        ctx->saved_data["pool_ceil_mode"].toBool(),
-        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias_gradient});
-    return {grad_input, grad_weight, grad_bias, {}};
+  template <class Self, class Visit>
+  static void each_key(Self& self, Visit&& visit) {
+    auto& conv = self.block.conv;
+    auto& pool = self.block.pool;
+    each_integer(visit, conv.stride, conv.padding, conv.dilation, pool.kernel_size, pool.stride,
+                 pool.padding, pool.dilation);
+    visit(conv.groups);
+    visit(pool.ceil_mode);
   }
 };
+
+class Conv2dReLUMaxPool2dBackward final
+    : public SavingNode<Conv2dReLUMaxPool2dBackward, BlockNodeArguments, 3, 4> {
+ public:
+  using SavingNode::SavingNode;
+  static constexpr const char* kName = "Conv2dReLUMaxPool2dBackward";
+  enum Saved { kInput, kWeight, kOutput, kArgmax };
+
+  static variable_list backward(const Call& call, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(3);
+    const ConvArguments& conv = call.arguments.block.conv;
+    const PoolArguments& pool = call.arguments.block.pool;
+    auto [grad_input, grad_weight, grad_bias] = ops::conv2d_relu_max_pool2d_backward(
+        gradients[0], call.saved[kInput], call.saved[kWeight], call.saved[kOutput],
+        call.saved[kArgmax], conv.stride, conv.padding, conv.dilation, conv.groups,
+        pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, call.wanted);
+    return {grad_input, grad_weight, grad_bias};
+  }
+};
+
+ops::TensorPair argmax_with_history(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias,
+                                    const BlockArguments& arguments) {
+  using Node = Conv2dReLUMaxPool2dBackward;
+  const ConvArguments& conv = arguments.conv;
+  const PoolArguments& pool = arguments.pool;
+  const auto node = make_node<Node>(BlockNodeArguments{arguments}, input, weight, bias);
+  node->save(Node::kInput, input);
+  node->save(Node::kWeight, weight);
+  ops::TensorPair result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::conv2d_relu_max_pool2d_argmax(
+        input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+        pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode);
+  }();
+  set_history(std::get<0>(result), node);
+  node->save(Node::kOutput, std::get<0>(result), /*is_output=*/true);
+  node->save(Node::kArgmax, std::get<1>(result));
+  return result;
+}
 
 at::Tensor autograd_conv2d_relu_max_pool2d(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -396,7 +348,7 @@ at::Tensor autograd_conv2d_relu_max_pool2d(
     if (!block_not_native(input, weight, bias, arguments).empty()) {
       return composed_block(input, weight, bias, arguments);
     }
-    return BlockFunction::apply(input, weight, bias, arguments);
+    return std::get<0>(argmax_with_history(input, weight, bias, arguments));
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return ops::conv2d_relu_max_pool2d(input, weight, bias, stride, padding, dilation, groups,
@@ -410,17 +362,16 @@ ops::TensorPair autograd_conv2d_relu_max_pool2d_argmax(
     at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
     at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
   refuse_tangents("conv2d_relu_max_pool2d_argmax", input, weight);
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return ops::conv2d_relu_max_pool2d_argmax(input, weight, bias, stride, padding, dilation,
-                                              groups, pool_kernel_size, pool_stride, pool_padding,
-                                              pool_dilation, pool_ceil_mode);
-  };
-  if (!needs_gradient(input, weight) && !(has_value(bias) && needs_gradient(*bias))) return below();
-  const at::Tensor output = ops::conv2d_relu_max_pool2d(
-      input, weight, bias, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
-      pool_padding, pool_dilation, pool_ceil_mode);
-  return {output, std::get<1>(below())};
+  if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
+    return argmax_with_history(input, weight, bias,
+                               block_arguments("conv2d_relu_max_pool2d_argmax", stride, padding,
+                                               dilation, groups, pool_kernel_size, pool_stride,
+                                               pool_padding, pool_dilation, pool_ceil_mode));
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::conv2d_relu_max_pool2d_argmax(input, weight, bias, stride, padding, dilation, groups,
+                                            pool_kernel_size, pool_stride, pool_padding,
+                                            pool_dilation, pool_ceil_mode);
 }
 
 // A backward that is to be differentiated goes through the dense gradient of
