@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,27 +18,8 @@ from torch.optim.optimizer import (
 from torch.optim.sgd import sgd
 
 from cnnkernels import _backend, fallback
-from cnnkernels._native import KERNEL_DTYPES
 
 __all__ = ["SGD", "SimpleGD"]
-
-_Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
-
-
-def _kernels_take(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether the step kernels cover these tensors: dense, on the CPU, of one floating dtype."""
-    dtype = params[0].dtype
-    if dtype not in KERNEL_DTYPES:
-        return False
-    for param, grad in zip(params, grads, strict=True):
-        if not (
-            param.is_cpu
-            and param.dtype is dtype
-            and grad.dtype is dtype
-            and grad.layout is torch.strided
-        ):
-            return False
-    return True
 
 
 def _number(value: float | Tensor) -> float:
@@ -70,6 +51,21 @@ def _observable(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
+    """Forgets the gradients of all tensors, or sets them to zero.
+
+    Args:
+        set_to_none: whether to forget them; False is slower and keeps their memory.
+    """
+    # A profiler sees a record of each call, and zeros are torch's business.
+    if not set_to_none or _profiler_enabled():
+        Optimizer.zero_grad(self, set_to_none)
+        return
+    for group in self.param_groups:
+        for param in group["params"]:
+            param.grad = None
+
+
 class SimpleGD(Optimizer):
     """Plain gradient descent, ``param -= lr * grad``: the optimizer that the tutorial defines.
 
@@ -97,7 +93,6 @@ class SimpleGD(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @_observable
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step; tensors without a gradient stay as they are.
 
@@ -111,17 +106,16 @@ class SimpleGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        library = _backend.native_library()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            grads = [param.grad for param in params]
-            library = _backend.native_library()
-            if library is not None and _kernels_take(params, grads):
-                library.gd_step_(params, grads, _number(group["lr"]))
-            else:
-                fallback.gd_step_(params, grads, _number(group["lr"]))
+            lr = _number(group["lr"])
+            if library is None or not library.gd_step_group(group["params"], lr):
+                params = [param for param in group["params"] if param.grad is not None]
+                with torch.no_grad():
+                    fallback.gd_step_(params, [param.grad for param in params], lr)
         return loss
+
+    zero_grad = _zero_grad
 
 
 class SGD(torch.optim.SGD):
@@ -155,49 +149,27 @@ class SGD(torch.optim.SGD):
             return loss
         differentiable = self.defaults["differentiable"]
         library = None if differentiable else _backend.native_library()
-        with torch.set_grad_enabled(differentiable):
-            for group in self.param_groups:
-                if library is None or not self._native_step(library, group):
+        for group in self.param_groups:
+            if library is None or not self._native_step(library, group):
+                with torch.set_grad_enabled(differentiable):
                     self._torch_step(group)
         return loss
 
+    zero_grad = _zero_grad
+
     def _native_step(self, library: Any, group: dict[str, Any]) -> bool:
         """Steps one group with the kernel; False, and nothing done, where that does not apply."""
-        params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return True
-        grads = [param.grad for param in params]
-        if not _kernels_take(params, grads):
-            return False
-        momentum = group["momentum"]
-        options = (
+        return library.sgd_step_group(
+            group["params"],
+            self.state,
             _number(group["weight_decay"]),
-            float(momentum),
+            float(group["momentum"]),
             _number(group["lr"]),
             float(group["dampening"]),
             group["nesterov"],
             group["maximize"],
+            getattr(self, "grad_scale", None),
         )
-        grad_scale = getattr(self, "grad_scale", None)
-        if momentum == 0:
-            library.sgd_step_(params, grads, [], *options, False, grad_scale, None)
-            return True
-        # The first gradient becomes the buffer, and a parameter may meet its first one late.
-        first: _Lists = ([], [], [])
-        later: _Lists = ([], [], [])
-        for param, grad in zip(params, grads, strict=True):
-            buffer = self.state[param].get("momentum_buffer")
-            lists = first if buffer is None else later
-            lists[0].append(param)
-            lists[1].append(grad)
-            lists[2].append(torch.empty_like(grad) if buffer is None else buffer)
-        if later[0]:
-            library.sgd_step_(*later, *options, False, grad_scale, None)
-        if first[0]:
-            library.sgd_step_(*first, *options, True, grad_scale, None)
-            for param, buffer in zip(first[0], first[2], strict=True):
-                self.state[param]["momentum_buffer"] = buffer
-        return True
 
     def _torch_step(self, group: dict[str, Any]) -> None:
         """Steps one group as torch.optim.SGD does."""

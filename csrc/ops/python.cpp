@@ -1,6 +1,8 @@
 // The eager entry points of Python: parse arguments as torch does, then call
 // the dispatcher unboxed. torch.ops costs several times as much a call.
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -169,38 +171,86 @@ at::Tensor conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handl
                                      pool_ceil_mode);
 }
 
-std::vector<at::Tensor> tensor_list(const char* op, const char* name, py::handle value) {
-  if (!PyTuple_Check(value.ptr()) && !PyList_Check(value.ptr())) {
-    bad_type(op, name, "a list of Tensors", value);
-  }
-  const Py_ssize_t size = PySequence_Fast_GET_SIZE(value.ptr());
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(static_cast<size_t>(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    tensors.push_back(tensor_argument(op, name, PySequence_Fast_GET_ITEM(value.ptr(), i)));
-  }
-  return tensors;
-}
+// The tensors of a parameter group that have a gradient, and those gradients.
+struct GroupTensors {
+  std::vector<py::handle> keys;  // the parameters as the optimizer's state knows them
+  std::vector<at::Tensor> params, grads;
 
-void gd_step_(py::handle params, py::handle grads, double lr) {
-  const std::vector<at::Tensor> p = tensor_list("gd_step_", "params", params);
-  const std::vector<at::Tensor> g = tensor_list("gd_step_", "grads", grads);
+  GroupTensors(const char* op, const py::list& group) {
+    for (const py::handle key : group) {
+      const at::Tensor& param = tensor_argument(op, "params", key);
+      const at::Tensor& grad = param.grad();
+      if (!grad.defined()) continue;
+      keys.push_back(key);
+      params.push_back(param);
+      grads.push_back(grad);
+    }
+  }
+
+  // Dense, on the CPU and of one dtype that the step kernels compute.
+  bool native() const {
+    for (size_t i = 0; i < params.size(); ++i) {
+      if (!not_native(params[i]).empty() || !not_native(grads[i]).empty() ||
+          params[i].scalar_type() != params[0].scalar_type() ||
+          grads[i].scalar_type() != params[0].scalar_type()) {
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
+// Both return false, and change nothing, where the kernels do not apply.
+bool gd_step_group(const py::list& group, double lr) {
+  const GroupTensors tensors("gd_step_", group);
+  if (!tensors.native()) return false;
   const py::gil_scoped_release no_gil;
-  ops::gd_step_(p, g, lr);
+  const at::NoGradGuard no_grad;
+  ops::gd_step_(tensors.params, tensors.grads, lr);
+  return true;
 }
 
-void sgd_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
-               double weight_decay, double momentum, double lr, double dampening, bool nesterov,
-               bool maximize, bool is_first_step, py::handle grad_scale, py::handle found_inf) {
+// Momentum buffers are where torch.optim.SGD keeps them: in
+// state[param]["momentum_buffer"], from the parameter's first gradient on.
+bool sgd_step_group(const py::list& group, const py::object& state, double weight_decay,
+                    double momentum, double lr, double dampening, bool nesterov, bool maximize,
+                    py::handle grad_scale) {
   const char* const op = "sgd_step_";
-  const std::vector<at::Tensor> p = tensor_list(op, "params", params);
-  const std::vector<at::Tensor> g = tensor_list(op, "grads", grads);
-  const std::vector<at::Tensor> m = tensor_list(op, "momentum_buffers", momentum_buffers);
+  const GroupTensors tensors(op, group);
+  if (!tensors.native()) return false;
   const std::optional<at::Tensor> scale = optional_tensor(op, "grad_scale", grad_scale);
-  const std::optional<at::Tensor> inf = optional_tensor(op, "found_inf", found_inf);
-  const py::gil_scoped_release no_gil;
-  ops::sgd_step_(p, g, m, weight_decay, momentum, lr, dampening, nesterov, maximize, is_first_step,
-                 scale, inf);
+  struct Lists {
+    std::vector<at::Tensor> params, grads, buffers;
+  } first, later;
+  std::vector<py::object> first_states;
+  const py::str name("momentum_buffer");
+  for (size_t i = 0; i < tensors.params.size(); ++i) {
+    Lists* lists = &later;
+    if (momentum != 0) {
+      const py::object of_param = state[tensors.keys[i]];
+      const py::object buffer = of_param.attr("get")(name);
+      if (buffer.is_none()) {
+        lists = &first;
+        first_states.push_back(of_param);
+        first.buffers.push_back(at::empty_like(tensors.grads[i]));
+      } else {
+        later.buffers.push_back(tensor_argument(op, "momentum_buffers", buffer));
+      }
+    }
+    lists->params.push_back(tensors.params[i]);
+    lists->grads.push_back(tensors.grads[i]);
+  }
+  {
+    const py::gil_scoped_release no_gil;
+    const at::NoGradGuard no_grad;
+    for (const Lists* lists : {&later, &first}) {
+      if (lists->params.empty()) continue;
+      ops::sgd_step_(lists->params, lists->grads, lists->buffers, weight_decay, momentum, lr,
+                     dampening, nesterov, maximize, lists == &first, scale, std::nullopt);
+    }
+  }
+  for (size_t i = 0; i < first_states.size(); ++i) first_states[i][name] = first.buffers[i];
+  return true;
 }
 
 py::dict config() {
@@ -352,8 +402,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("max_pool2d", &cnnkernels::max_pool2d);
   m.def("max_pool2d_with_indices", &cnnkernels::max_pool2d_with_indices);
   m.def("conv2d_relu_max_pool2d", &cnnkernels::conv2d_relu_max_pool2d);
-  m.def("gd_step_", &cnnkernels::gd_step_);
-  m.def("sgd_step_", &cnnkernels::sgd_step_);
+  m.def("gd_step_group", &cnnkernels::gd_step_group);
+  m.def("sgd_step_group", &cnnkernels::sgd_step_group);
   m.def("config", &cnnkernels::config);
   m.def("explain_conv2d", &cnnkernels::explain_conv2d);
   m.def("explain_max_pool2d", &cnnkernels::explain_max_pool2d);
