@@ -1,8 +1,12 @@
 #include "kernels/conv2d.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "kernels/cpu/conv2d_direct.h"
+#include "kernels/cpu/conv2d_outer_product.h"
+#include "kernels/cpu/gradient_phase.h"
 
 namespace cnnkernels {
 namespace {
@@ -57,7 +61,77 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, Isa isa, int threa
                      problem.out_height);
 }
 
+// The same for outer products, whose tiles take all channels of a group, packed
+// as panels of `steps` (input channel, tap) pairs.
+Conv2dPlan outer_product_plan(const Conv2dProblem& problem, Isa isa, int threads,
+                              int64_t packed_image, int64_t panels, int64_t rows) {
+  Conv2dPlan plan = direct_plan(problem, isa, threads, packed_image, 1, rows);
+  plan.algorithm = "outer product";
+  plan.workspace_bytes += panels * accumulator_size(problem.dtype);
+  return plan;
+}
+
+bool reads_in_place(const Conv2dProblem& problem) {
+  return problem.dtype == DType::float32 || problem.dtype == DType::float64;
+}
+
+int64_t lanes_of(const Conv2dProblem& problem, Isa isa) {
+  return vector_bytes(isa) / accumulator_size(problem.dtype);
+}
+
+int choice(const char* name) {
+  const char* v = std::getenv(name);
+  return v == nullptr ? -1 : std::atoi(v);
+}
+
 }  // namespace
+
+Conv2dPlan plan_outer_product_forward(const Conv2dProblem& problem, Isa isa, int threads) {
+  const PackedPlanes packed = packed_input(problem, 1);
+  const bool in_place = reads_in_place(problem) && problem.pad_top == 0 && problem.pad_left == 0 &&
+                        packed.rows <= problem.in_height && packed.row_length <= problem.in_width;
+  const int64_t panels =
+      problem.groups * round_up(problem.out_channels / problem.groups, lanes_of(problem, isa)) *
+      (problem.in_channels / problem.groups) * problem.kernel_height * problem.kernel_width;
+  Conv2dPlan plan =
+      outer_product_plan(problem, isa, threads, in_place ? 0 : problem.in_channels * packed.plane(),
+                         panels, problem.out_height);
+  plan.in_place = in_place;
+  return plan;
+}
+
+Conv2dPlan plan_outer_product_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  const GradientBorder border_h =
+      gradient_border(problem.in_height, problem.kernel_height, problem.stride_h, problem.pad_top,
+                      problem.dilation_h);
+  const GradientBorder border_w =
+      gradient_border(problem.in_width, problem.kernel_width, problem.stride_w, problem.pad_left,
+                      problem.dilation_w);
+  const bool in_place = reads_in_place(problem) && border_h.before == 0 && border_w.before == 0 &&
+                        border_h.size <= problem.out_height && border_w.size <= problem.out_width;
+  const int64_t panels =
+      problem.groups * round_up(problem.in_channels / problem.groups, lanes_of(problem, isa)) *
+      (problem.out_channels / problem.groups) * problem.kernel_height * problem.kernel_width;
+  Conv2dPlan plan = outer_product_plan(
+      problem, isa, threads, in_place ? 0 : problem.out_channels * border_h.size * border_w.size,
+      panels, ceil_div(problem.in_height, problem.stride_h));
+  plan.in_place = in_place;
+  return plan;
+}
+
+Conv2dPlan plan_outer_product_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  Conv2dPlan plan = plan_outer_product_forward(problem, isa, threads);
+  const int64_t gradient_image =
+      problem.groups * round_up(problem.out_channels / problem.groups, lanes_of(problem, isa)) *
+      problem.out_height * problem.out_width;
+  const int64_t source_image =
+      plan.in_place ? 0 : problem.in_channels * packed_input(problem, 1).plane();
+  const bool in_place = plan.in_place;
+  plan = outer_product_plan(problem, isa, threads, source_image + gradient_image, 0,
+                            problem.out_height);
+  plan.in_place = in_place;
+  return plan;
+}
 
 PackedPlanes packed_input(const Conv2dProblem& problem, int64_t phases) {
   PackedPlanes packed;
@@ -108,6 +182,11 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
 
 void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
                     const void* input, const void* weight, const void* bias, void* output) {
+  if (choice("OPF") == 1) {
+    conv2d_outer_product_forward(problem, plan_outer_product_forward(problem, isa, pool.threads),
+                                 pool, input, weight, bias, output);
+    return;
+  }
   const Conv2dPlan plan = plan_conv2d(problem, isa, pool.threads);
   conv2d_direct_forward(problem, plan, pool, input, weight, bias, output);
 }
@@ -115,11 +194,19 @@ void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& poo
 void conv2d_backward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
                      const void* grad_output, const void* input, const void* weight,
                      void* grad_input, void* grad_weight, void* grad_bias) {
-  if (grad_input != nullptr) {
+  if (grad_input != nullptr && choice("OPI") == 1) {
+    conv2d_outer_product_input_gradient(
+        problem, plan_outer_product_input_gradient(problem, isa, pool.threads), pool, grad_output,
+        weight, grad_input);
+  } else if (grad_input != nullptr) {
     conv2d_direct_input_gradient(problem, plan_input_gradient(problem, isa, pool.threads), pool,
                                  grad_output, weight, grad_input);
   }
-  if (grad_weight != nullptr) {
+  if (grad_weight != nullptr && choice("OPW") == 1) {
+    conv2d_outer_product_weight_gradient(
+        problem, plan_outer_product_weight_gradient(problem, isa, pool.threads), pool, grad_output,
+        input, grad_weight);
+  } else if (grad_weight != nullptr) {
     conv2d_direct_weight_gradient(problem, plan_weight_gradient(problem, isa, pool.threads), pool,
                                   grad_output, input, grad_weight);
   }

@@ -157,6 +157,10 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return ceil_div(value, multiple) * multiple;
 }
 
+// Products are summed in blocks of at most this many, and the blocks then added
+// up: the rounding error of a float sum grows with the length of its chain.
+constexpr int64_t kSumLength = 64;
+
 // Work below this many multiply-adds or bytes runs on the calling thread:
 // waking a thread pool costs more than about 30 microseconds of arithmetic.
 constexpr int64_t kSerialMultiplyAdds = 500 * 1000;

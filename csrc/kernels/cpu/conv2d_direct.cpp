@@ -1,5 +1,7 @@
 #include "kernels/cpu/conv2d_direct.h"
 
+#include "kernels/cpu/gradient_phase.h"
+
 #define CNNK_TIER_SOURCE "kernels/cpu/conv2d_direct.inl"
 #include "kernels/cpu/for_each_tier.h"
 

@@ -104,29 +104,6 @@ void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
   }
 }
 
-// The residue class `phase` of one axis of the input gradient: the input
-// positions first, first + stride, … (count of them), the position of the first
-// in packed coordinates, and the kernel indices that reach the class.
-struct GradientPhase {
-  int64_t first;
-  int64_t count;
-  int64_t packed_first;
-  std::vector<int64_t> kernel_indices;
-};
-
-inline GradientPhase gradient_phase(int64_t phase, int64_t size, int64_t kernel, int64_t stride,
-                                    int64_t pad, int64_t dilation) {
-  GradientPhase result;
-  const int64_t multiple = pad > phase ? ceil_div(pad - phase, stride) : 0;
-  result.first = phase + multiple * stride - pad;
-  result.count = result.first < size ? (size - 1 - result.first) / stride + 1 : 0;
-  result.packed_first = multiple;
-  for (int64_t r = 0; r < kernel; ++r) {
-    if (r * dilation % stride == phase) result.kernel_indices.push_back(r);
-  }
-  return result;
-}
-
 template <class A>
 void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                     const void* grad_output, const void* weight, void* grad_input) {
@@ -134,17 +111,13 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
   const int64_t group_in = problem.in_channels / problem.groups;
   const int64_t group_out = problem.out_channels / problem.groups;
 
-  // Input position i, counted from the border, is y = i + pad; kernel index r
-  // carries it to output (y - r*dilation) / stride = y/stride - r*dilation/stride
-  // (integer divisions; both remainders are equal within a phase).
-  const int64_t shift_h = (problem.kernel_height - 1) * problem.dilation_h / problem.stride_h;
-  const int64_t shift_w = (problem.kernel_width - 1) * problem.dilation_w / problem.stride_w;
-  PackedPlanes packed;
-  packed.top = shift_h;
-  packed.left = shift_w;
-  packed.phases = 1;
-  packed.rows = shift_h + (problem.in_height - 1 + problem.pad_top) / problem.stride_h + 1;
-  packed.row_length = shift_w + (problem.in_width - 1 + problem.pad_left) / problem.stride_w + 1;
+  const GradientBorder border_h =
+      gradient_border(problem.in_height, problem.kernel_height, problem.stride_h, problem.pad_top,
+                      problem.dilation_h);
+  const GradientBorder border_w =
+      gradient_border(problem.in_width, problem.kernel_width, problem.stride_w, problem.pad_left,
+                      problem.dilation_w);
+  const PackedPlanes packed = {border_h.before, border_w.before, border_h.size, 1, border_w.size};
 
   const int64_t packed_image = problem.out_channels * packed.plane();
   const int64_t packed_count = plan.images_per_chunk * packed_image + kLanes<A>;
@@ -168,8 +141,8 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
       for (const int64_t r : phase.rows.kernel_indices) {
         for (const int64_t s : phase.columns.kernel_indices) {
           phase.taps.push_back(
-              {(shift_h - r * problem.dilation_h / problem.stride_h) * packed.pitch() + shift_w -
-                   s * problem.dilation_w / problem.stride_w,
+              {(border_h.before - r * problem.dilation_h / problem.stride_h) * packed.pitch() +
+                   border_w.before - s * problem.dilation_w / problem.stride_w,
                r * weights.stride_r + s * weights.stride_s});
         }
       }

@@ -5,11 +5,6 @@
 // tile is as tall as the register file allows (kMaxTileChannels): 4x3 or 6x2
 // of 16 registers, 8x3 of 32, so that loads stay below the multiply-adds that
 // hide them.
-//
-// Sums are taken in blocks of at most kSumLength products, then added up: the
-// rounding error of a float sum grows with the length of its chain.
-
-constexpr int64_t kSumLength = 64;
 
 template <class A>
 struct TileWeights {

@@ -1,0 +1,624 @@
+// Convolution by outer products: vectors along the output channels.
+//
+// Every output pixel's channels are a sum over (input channel, tap) steps of a
+// broadcast source element times a vector of weights; a register tile
+// (outer_product_tile.inl) does some pixels by some vectors at once. Channels
+// fill the lanes however narrow the rows are, and a source without a border is
+// read where it lies, in either layout. Weights are first packed into panels in
+// the order of the steps.
+//
+// The input gradient is the same on the output's gradient with the channels'
+// roles exchanged, one residue class at a time (gradient_phase.h). The weight
+// gradient is the same with pixels as steps and the (input channel, tap) pairs
+// in the place of pixels: a pixel's output gradients are the vectors. Its tasks
+// own their elements over all images, so that a sum has one order whatever the
+// number of threads; an image's sum goes to totals in double.
+
+#include "kernels/cpu/outer_product_tile.inl"
+#include "kernels/cpu/pack_planes.inl"
+#include "kernels/cpu/widened_weights.inl"
+
+// Pixels of one sum of the weight gradient, before it goes to the totals.
+constexpr int64_t kPixelsPerSum = 1024;
+
+// Images with their border, dense in a layout; steps in elements.
+struct BorderedImages {
+  Layout layout;
+  int64_t channels, rows, columns;
+  int64_t row, column, channel, image;
+};
+
+inline BorderedImages bordered_images(Layout layout, int64_t channels, int64_t rows,
+                                      int64_t columns) {
+  const PlaneSource dense = plane_source(layout, channels, rows, columns);
+  return {layout,
+          channels,
+          rows,
+          columns,
+          dense.row_stride,
+          dense.column_stride,
+          dense.channel_stride,
+          image_stride(channels, rows, columns)};
+}
+
+// Copies one image of height x width, which starts at element `at`, into a
+// border of zeros.
+template <class A>
+void pack_bordered(DType dtype, const void* images, int64_t at, int64_t height, int64_t width,
+                   int64_t top, int64_t left, const BorderedImages& to, A* out) {
+  // A row of pixels of channels is packed as one wide row of one plane.
+  const bool planes = to.layout == Layout::nchw;
+  const int64_t pixel = planes ? 1 : to.channels;
+  const PlaneSource source = {height, width * pixel, height * width, width * pixel, 1};
+  const PackedPlanes packed = {top, left * pixel, to.rows, 1, to.columns * pixel};
+  pack_planes_as<A>(dtype, images, at, source, planes ? to.channels : 1, packed, A{0}, out);
+}
+
+// Where the results of the tiles go.
+template <class A>
+struct ChannelsOut {
+  DType dtype;
+  void* data;
+  int64_t channel_step;
+  int64_t channels;
+  const A* bias;  // of the first channel, or null
+};
+
+// Some output pixels, rows by columns, of one image and group.
+template <class A>
+struct PixelBlock {
+  int64_t rows, columns;
+  const A* source;  // of the first pixel's first step
+  int64_t source_row, source_column;
+  int64_t out_at, out_row, out_column;
+};
+
+// Channels of P pixels that follow one another in memory, plane by plane.
+template <class A, int KV, int P>
+CNNK_INLINE void store_planes(const ChannelsOut<A>& out, int64_t at, int64_t k,
+                              const Vec<A> (&total)[P][KV]) {
+  constexpr int lanes = kLanes<A>;
+#pragma GCC unroll 4
+  for (int v = 0; v < KV; ++v) {
+    const int64_t count = std::min<int64_t>(lanes, out.channels - k - v * lanes);
+    A* const to = static_cast<A*>(out.data) + at + (k + v * lanes) * out.channel_step;
+#pragma GCC unroll 4
+    for (int p0 = 0; p0 < P; p0 += lanes) {
+      constexpr int whole = P < lanes ? P : lanes;
+      const int pixels = std::min(whole, P - p0);
+      Vec<A> rows[lanes];
+#pragma GCC unroll 16
+      for (int p = 0; p < lanes; ++p) rows[p] = p0 + p < P ? total[p0 + p][v] : Vec<A>{};
+      transpose<A>(rows);
+      for (int64_t i = 0; i < count; ++i) {
+        // Sizes known when compiled become plain stores.
+        if (pixels == whole) {
+          __builtin_memcpy(to + i * out.channel_step + p0, &rows[i], whole * sizeof(A));
+        } else {
+          __builtin_memcpy(to + i * out.channel_step + p0, &rows[i],
+                           (P % lanes == 0 ? lanes : P % lanes) * sizeof(A));
+        }
+      }
+    }
+  }
+}
+
+template <class A, int KV>
+__attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& steps,
+                                                    const ChannelsOut<A>& out,
+                                                    const PixelBlock<A>& block, int64_t v) {
+  constexpr int P = kTilePixels<KV>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t count = block.rows * block.columns;
+  const bool plain = std::is_same_v<A, double> || out.dtype == DType::float32;
+  const bool planes = plain && out.channel_step != 1 && block.out_column == 1 &&
+                      (block.rows == 1 || block.out_row == block.columns) && count >= P;
+  for (int64_t i = 0; i < count; i += P) {
+    // The last tile is moved back to end with the block; where there are fewer
+    // pixels than a tile has, the last is computed several times.
+    const int64_t start = std::max<int64_t>(0, std::min(i, count - P));
+    int64_t y = start / block.columns;
+    int64_t x = start % block.columns;
+    const A* source[P];
+    int64_t at[P];
+    for (int p = 0; p < P; ++p) {
+      source[p] = block.source + y * block.source_row + x * block.source_column;
+      at[p] = block.out_at + y * block.out_row + x * block.out_column;
+      if (start + p + 1 < count && ++x == block.columns) {
+        x = 0;
+        ++y;
+      }
+    }
+    Vec<A> total[P][KV];
+    outer_product_tile(source, steps, v, total);
+    const int64_t k = v * lanes;
+    if (out.bias != nullptr) {
+      for (int w = 0; w < KV; ++w) {
+        const int64_t channels = std::min(lanes, out.channels - k - w * lanes);
+        const A* const from = out.bias + k + w * lanes;
+        const Vec<A> bias = channels == lanes ? load(from) : load_first(from, channels, A{0});
+        for (int p = 0; p < P; ++p) total[p][w] += bias;
+      }
+    }
+    if (planes) {
+      store_planes(out, at[0], k, total);
+      continue;
+    }
+    for (int w = 0; w < KV; ++w) {
+      const int64_t channels = std::min(lanes, out.channels - k - w * lanes);
+      for (int p = 0; p < P; ++p) {
+        store_out<A>(out.dtype, out.data, at[p] + (k + w * lanes) * out.channel_step, total[p][w],
+                     channels, out.channel_step);
+      }
+    }
+  }
+}
+
+template <class A>
+void outer_product_block(const OuterProductSteps<A>& steps, const ChannelsOut<A>& out,
+                         const PixelBlock<A>& block) {
+  for_each_vector_tile(ceil_div(out.channels, kLanes<A>), [&](int64_t v, auto vectors) {
+    outer_product_pixels<A, decltype(vectors)::value>(steps, out, block, v);
+  });
+}
+
+// The forward pass's steps: of the source and of the weights, in the order in
+// which the source lies in memory.
+struct ForwardSteps {
+  std::vector<int64_t> source, weight;
+};
+
+template <class Weights>
+ForwardSteps forward_steps(const Conv2dProblem& problem, const BorderedImages& images,
+                           const Weights& weights) {
+  ForwardSteps steps;
+  const int64_t channels = problem.in_channels / problem.groups;
+  const auto add = [&](int64_t c, int64_t r, int64_t s) {
+    steps.source.push_back(c * images.channel + r * problem.dilation_h * images.row +
+                           s * problem.dilation_w * images.column);
+    steps.weight.push_back(c * weights.stride_c + r * weights.stride_r + s * weights.stride_s);
+  };
+  const bool channels_outside = problem.layout == Layout::nchw;
+  for (int64_t c0 = 0; c0 < (channels_outside ? channels : 1); ++c0) {
+    for (int64_t r = 0; r < problem.kernel_height; ++r) {
+      for (int64_t s = 0; s < problem.kernel_width; ++s) {
+        for (int64_t c = 0; c < (channels_outside ? 1 : channels); ++c) add(c0 + c, r, s);
+      }
+    }
+  }
+  return steps;
+}
+
+// Strides of a weight in place.
+struct WeightStrides {
+  int64_t stride_k, stride_c, stride_r, stride_s;
+};
+
+inline WeightStrides weight_strides(const Conv2dProblem& problem) {
+  return {problem.weight_stride_k, problem.weight_stride_c, problem.weight_stride_r,
+          problem.weight_stride_s};
+}
+
+// All groups' panels, one after the other, packed in parallel.
+template <class A>
+void pack_group_panels(const ThreadPool& pool, bool serial, DType dtype, const void* weight,
+                       int64_t groups, int64_t group_step, int64_t channels, int64_t channel_step,
+                       const std::vector<int64_t>& steps, A* panels) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t vectors = ceil_div(channels, lanes);
+  const int64_t panel = lanes * static_cast<int64_t>(steps.size());
+  parallel_for(pool, groups * vectors, serial, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = i % vectors * lanes;
+      pack_panels<A>(dtype, weight, i / vectors * group_step + k * channel_step,
+                     std::min(lanes, channels - k), channel_step, steps, panels + i * panel);
+    }
+  });
+}
+
+// The bordered images that the forward pass and the weight gradient read.
+inline BorderedImages forward_images(const Conv2dProblem& problem, bool in_place) {
+  const PackedPlanes packed = packed_input(problem, 1);
+  return in_place
+             ? bordered_images(problem.layout, problem.in_channels, problem.in_height,
+                               problem.in_width)
+             : bordered_images(problem.layout, problem.in_channels, packed.rows, packed.row_length);
+}
+
+template <class A>
+void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+             const void* input, const void* weight, const void* bias_data, void* output) {
+  constexpr int64_t lanes = kLanes<A>;
+  const bool serial = plan.threads == 1;
+  const int64_t group_in = problem.in_channels / problem.groups;
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const BorderedImages images = forward_images(problem, plan.in_place);
+  const WeightStrides weights = weight_strides(problem);
+  const ForwardSteps list = forward_steps(problem, images, weights);
+  const int64_t steps = static_cast<int64_t>(list.source.size());
+  const int64_t group_panels = round_up(group_out, lanes) * steps;
+
+  const int64_t packed_count = plan.in_place ? 0 : plan.images_per_chunk * images.image;
+  const Workspace workspace((problem.groups * group_panels + packed_count + problem.out_channels) *
+                            static_cast<int64_t>(sizeof(A)));
+  A* const panels = workspace.as<A>();
+  A* const packed_data = panels + problem.groups * group_panels;
+  const A* const bias =
+      widened_bias<A>(problem.dtype, bias_data, problem.out_channels, packed_data + packed_count);
+  pack_group_panels(pool, serial, problem.dtype, weight, problem.groups,
+                    group_out * weights.stride_k, group_out, weights.stride_k, list.weight, panels);
+
+  const PlaneSource destination =
+      plane_source(problem.layout, problem.out_channels, problem.out_height, problem.out_width);
+  const int64_t input_image =
+      image_stride(problem.in_channels, problem.in_height, problem.in_width);
+  const int64_t output_image =
+      image_stride(problem.out_channels, problem.out_height, problem.out_width);
+  const int64_t row_blocks = ceil_div(problem.out_height, plan.rows_per_task);
+  for (int64_t n0 = 0; n0 < problem.batch; n0 += plan.images_per_chunk) {
+    const int64_t chunk = std::min(plan.images_per_chunk, problem.batch - n0);
+    if (!plan.in_place) {
+      parallel_for(pool, chunk, serial, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          pack_bordered<A>(problem.dtype, input, (n0 + i) * input_image, problem.in_height,
+                           problem.in_width, problem.pad_top, problem.pad_left, images,
+                           packed_data + i * images.image);
+        }
+      });
+    }
+    const A* const source =
+        plan.in_place ? static_cast<const A*>(input) + n0 * input_image : packed_data;
+    parallel_for(pool, chunk * problem.groups * row_blocks, serial,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t y0 = task % row_blocks * plan.rows_per_task;
+                     const int64_t group = task / row_blocks % problem.groups;
+                     const int64_t image = task / row_blocks / problem.groups;
+                     const int64_t k = group * group_out;
+                     const ChannelsOut<A> out = {problem.dtype, output, destination.channel_stride,
+                                                 group_out, bias != nullptr ? bias + k : nullptr};
+                     const PixelBlock<A> block = {
+                         std::min(plan.rows_per_task, problem.out_height - y0),
+                         problem.out_width,
+                         source + image * images.image + group * group_in * images.channel +
+                             y0 * problem.stride_h * images.row,
+                         problem.stride_h * images.row,
+                         problem.stride_w * images.column,
+                         (n0 + image) * output_image + k * destination.channel_stride +
+                             y0 * destination.row_stride,
+                         destination.row_stride,
+                         destination.column_stride};
+                     outer_product_block(
+                         OuterProductSteps<A>{list.source.data(), steps,
+                                              panels + group * group_panels, steps * lanes, lanes},
+                         out, block);
+                   }
+                 });
+  }
+}
+
+template <class A>
+void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+                    const void* grad_output, const void* weight, void* grad_input) {
+  constexpr int64_t lanes = kLanes<A>;
+  const bool serial = plan.threads == 1;
+  const int64_t group_in = problem.in_channels / problem.groups;
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const GradientBorder border_h =
+      gradient_border(problem.in_height, problem.kernel_height, problem.stride_h, problem.pad_top,
+                      problem.dilation_h);
+  const GradientBorder border_w =
+      gradient_border(problem.in_width, problem.kernel_width, problem.stride_w, problem.pad_left,
+                      problem.dilation_w);
+  const BorderedImages images =
+      plan.in_place
+          ? bordered_images(problem.layout, problem.out_channels, problem.out_height,
+                            problem.out_width)
+          : bordered_images(problem.layout, problem.out_channels, border_h.size, border_w.size);
+
+  struct Phase {
+    GradientPhase rows, columns;
+    std::vector<int64_t> source, weight;
+    int64_t panels;  // where the phase's panels begin
+  };
+  std::vector<Phase> phases;
+  int64_t panel_count = 0;
+  for (int64_t phase_h = 0; phase_h < problem.stride_h; ++phase_h) {
+    for (int64_t phase_w = 0; phase_w < problem.stride_w; ++phase_w) {
+      Phase phase;
+      phase.rows = gradient_phase(phase_h, problem.in_height, problem.kernel_height,
+                                  problem.stride_h, problem.pad_top, problem.dilation_h);
+      phase.columns = gradient_phase(phase_w, problem.in_width, problem.kernel_width,
+                                     problem.stride_w, problem.pad_left, problem.dilation_w);
+      if (phase.rows.count == 0 || phase.columns.count == 0) continue;
+      const auto add = [&](int64_t k, int64_t r, int64_t s) {
+        phase.source.push_back(
+            k * images.channel +
+            (border_h.before - r * problem.dilation_h / problem.stride_h) * images.row +
+            (border_w.before - s * problem.dilation_w / problem.stride_w) * images.column);
+        phase.weight.push_back(k * problem.weight_stride_k + r * problem.weight_stride_r +
+                               s * problem.weight_stride_s);
+      };
+      const bool channels_outside = problem.layout == Layout::nchw;
+      for (int64_t k0 = 0; k0 < (channels_outside ? group_out : 1); ++k0) {
+        for (const int64_t r : phase.rows.kernel_indices) {
+          for (const int64_t s : phase.columns.kernel_indices) {
+            for (int64_t k = 0; k < (channels_outside ? 1 : group_out); ++k) add(k0 + k, r, s);
+          }
+        }
+      }
+      phase.panels = panel_count;
+      panel_count +=
+          problem.groups * round_up(group_in, lanes) * static_cast<int64_t>(phase.source.size());
+      phases.push_back(std::move(phase));
+    }
+  }
+
+  const int64_t packed_count = plan.in_place ? 0 : plan.images_per_chunk * images.image;
+  const Workspace workspace((panel_count + packed_count) * static_cast<int64_t>(sizeof(A)));
+  A* const panels = workspace.as<A>();
+  A* const packed_data = panels + panel_count;
+  for (const Phase& phase : phases) {
+    pack_group_panels(pool, serial, problem.dtype, weight, problem.groups,
+                      group_out * problem.weight_stride_k, group_in, problem.weight_stride_c,
+                      phase.weight, panels + phase.panels);
+  }
+
+  const PlaneSource destination =
+      plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
+  const int64_t input_image =
+      image_stride(problem.in_channels, problem.in_height, problem.in_width);
+  const int64_t output_image =
+      image_stride(problem.out_channels, problem.out_height, problem.out_width);
+  const int64_t row_blocks =
+      ceil_div(ceil_div(problem.in_height, problem.stride_h), plan.rows_per_task);
+  for (int64_t n0 = 0; n0 < problem.batch; n0 += plan.images_per_chunk) {
+    const int64_t chunk = std::min(plan.images_per_chunk, problem.batch - n0);
+    if (!plan.in_place) {
+      parallel_for(pool, chunk, serial, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          pack_bordered<A>(problem.dtype, grad_output, (n0 + i) * output_image, problem.out_height,
+                           problem.out_width, border_h.before, border_w.before, images,
+                           packed_data + i * images.image);
+        }
+      });
+    }
+    const A* const source =
+        plan.in_place ? static_cast<const A*>(grad_output) + n0 * output_image : packed_data;
+    parallel_for(pool, chunk * problem.groups * row_blocks, serial,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t j0 = task % row_blocks * plan.rows_per_task;
+                     const int64_t group = task / row_blocks % problem.groups;
+                     const int64_t image = task / row_blocks / problem.groups;
+                     const int64_t c = group * group_in;
+                     const ChannelsOut<A> out = {problem.dtype, grad_input,
+                                                 destination.channel_stride, group_in, nullptr};
+                     for (const Phase& phase : phases) {
+                       const int64_t rows = std::min(plan.rows_per_task, phase.rows.count - j0);
+                       if (rows <= 0) continue;
+                       const int64_t steps = static_cast<int64_t>(phase.source.size());
+                       const PixelBlock<A> block = {
+                           rows,
+                           phase.columns.count,
+                           source + image * images.image + group * group_out * images.channel +
+                               (phase.rows.packed_first + j0) * images.row +
+                               phase.columns.packed_first * images.column,
+                           images.row,
+                           images.column,
+                           (n0 + image) * input_image + c * destination.channel_stride +
+                               (phase.rows.first + j0 * problem.stride_h) * destination.row_stride +
+                               phase.columns.first * destination.column_stride,
+                           problem.stride_h * destination.row_stride,
+                           problem.stride_w * destination.column_stride};
+                       outer_product_block(
+                           OuterProductSteps<A>{
+                               phase.source.data(), steps,
+                               panels + phase.panels + group * round_up(group_in, lanes) * steps,
+                               steps * lanes, lanes},
+                           out, block);
+                     }
+                   }
+                 });
+  }
+}
+
+// One image's output gradients of one group as panels [vector][pixel][lane],
+// zero past the last channel.
+template <class A>
+void pack_gradient_panels(DType dtype, const void* grad_output, int64_t at,
+                          const PlaneSource& source, int64_t channels, A* panels) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t pixels = source.height * source.width;
+  with_storage<A>(dtype, [&](auto element) {
+    const auto* const from = static_cast<const decltype(element)*>(grad_output) + at;
+    for (int64_t k = 0; k < channels; k += lanes) {
+      const int64_t count = std::min(lanes, channels - k);
+      A* const to = panels + k * pixels;
+      if (source.channel_stride == 1) {
+        for (int64_t i = 0; i < pixels; ++i) {
+          const auto* const pixel = from + i * source.column_stride + k;
+          store(to + i * lanes,
+                count == lanes ? load_widened(pixel) : load_first(pixel, count, A{0}));
+        }
+        continue;
+      }
+      int64_t i = 0;
+      for (; i + lanes <= pixels; i += lanes) {
+        Vec<A> rows[lanes];
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < lanes; ++c) {
+          rows[c] = c < count ? load_widened(from + (k + c) * source.channel_stride + i) : Vec<A>{};
+        }
+        transpose<A>(rows);
+#pragma GCC unroll 16
+        for (int64_t p = 0; p < lanes; ++p) store(to + (i + p) * lanes, rows[p]);
+      }
+      for (; i < pixels; ++i) {
+        for (int64_t c = 0; c < lanes; ++c) {
+          to[i * lanes + c] = c < count ? widen(from[(k + c) * source.channel_stride + i]) : A{0};
+        }
+      }
+    }
+  });
+}
+
+// totals[pair][channel] += the outer products of pairs [first, first + P) and KV
+// vectors, over the steps.
+template <class A, int KV>
+__attribute__((noinline)) void outer_product_pairs(const A* source,
+                                                   const std::vector<int64_t>& pairs, int64_t first,
+                                                   const OuterProductSteps<A>& steps, int64_t v,
+                                                   double* totals, int64_t totals_row) {
+  constexpr int P = kTilePixels<KV>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t count = std::min<int64_t>(P, static_cast<int64_t>(pairs.size()) - first);
+  const A* from[P];
+  for (int p = 0; p < P; ++p) {
+    from[p] = source + pairs[static_cast<size_t>(first + std::min<int64_t>(p, count - 1))];
+  }
+  Vec<A> total[P][KV];
+  outer_product_tile(from, steps, v, total);
+  for (int64_t p = 0; p < count; ++p) {
+    A values[KV * lanes];
+    for (int w = 0; w < KV; ++w) store(values + w * lanes, total[p][w]);
+    double* const to = totals + (first + p) * totals_row + v * lanes;
+    for (int64_t i = 0; i < KV * lanes; ++i) to[i] += values[i];
+  }
+}
+
+template <class A>
+void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+                     const void* grad_output, const void* input, void* grad_weight) {
+  constexpr int64_t lanes = kLanes<A>;
+  const bool serial = plan.threads == 1;
+  const int64_t group_in = problem.in_channels / problem.groups;
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const int64_t padded_out = round_up(group_out, lanes);
+  const int64_t pixels = problem.out_height * problem.out_width;
+  const BorderedImages images = forward_images(problem, plan.in_place);
+  const PlaneSource gradients =
+      plane_source(problem.layout, problem.out_channels, problem.out_height, problem.out_width);
+  // Pixels of whole vectors of channels are panels as they lie.
+  const bool gradient_in_place =
+      !widens(problem.dtype) && problem.layout == Layout::nhwc && group_out % lanes == 0;
+  const int64_t gradient_image =
+      gradient_in_place ? problem.out_channels * pixels : problem.groups * padded_out * pixels;
+
+  // The pairs take the place of pixels, whole rows of pixels that of steps.
+  const ForwardSteps list = forward_steps(problem, images, weight_strides(problem));
+  const int64_t pairs = static_cast<int64_t>(list.source.size());
+  const int64_t rows_per_sum =
+      std::clamp<int64_t>(kPixelsPerSum / problem.out_width, 1, problem.out_height);
+  std::vector<int64_t> pixel_offsets;
+  for (int64_t y = 0; y < rows_per_sum; ++y) {
+    for (int64_t x = 0; x < problem.out_width; ++x) {
+      pixel_offsets.push_back(y * problem.stride_h * images.row +
+                              x * problem.stride_w * images.column);
+    }
+  }
+  struct Task {
+    int64_t group, vector, vectors, pair;
+  };
+  std::vector<Task> tasks;
+  for (int64_t group = 0; group < problem.groups; ++group) {
+    for_each_vector_tile(padded_out / lanes, [&](int64_t v, auto vectors) {
+      constexpr int KV = decltype(vectors)::value;
+      for (int64_t pair = 0; pair < pairs; pair += kTilePixels<KV>) {
+        tasks.push_back({group, v, KV, pair});
+      }
+    });
+  }
+
+  const int64_t packed_count = plan.in_place ? 0 : plan.images_per_chunk * images.image;
+  const int64_t gradient_count = gradient_in_place ? 0 : plan.images_per_chunk * gradient_image;
+  const Workspace workspace((packed_count + gradient_count) * static_cast<int64_t>(sizeof(A)));
+  A* const packed_data = workspace.as<A>();
+  A* const gradient_data = packed_data + packed_count;
+  const int64_t totals_group = pairs * padded_out;
+  const Workspace totals_workspace(problem.groups * totals_group *
+                                   static_cast<int64_t>(sizeof(double)));
+  double* const totals = totals_workspace.as<double>();
+  std::fill_n(totals, problem.groups * totals_group, 0.0);
+
+  const int64_t input_image =
+      image_stride(problem.in_channels, problem.in_height, problem.in_width);
+  const int64_t output_image = problem.out_channels * pixels;
+  for (int64_t n0 = 0; n0 < problem.batch; n0 += plan.images_per_chunk) {
+    const int64_t chunk = std::min(plan.images_per_chunk, problem.batch - n0);
+    if (!plan.in_place || !gradient_in_place) {
+      parallel_for(pool, chunk, serial, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (!plan.in_place) {
+            pack_bordered<A>(problem.dtype, input, (n0 + i) * input_image, problem.in_height,
+                             problem.in_width, problem.pad_top, problem.pad_left, images,
+                             packed_data + i * images.image);
+          }
+          for (int64_t group = 0; !gradient_in_place && group < problem.groups; ++group) {
+            pack_gradient_panels<A>(
+                problem.dtype, grad_output,
+                (n0 + i) * output_image + group * group_out * gradients.channel_stride, gradients,
+                group_out, gradient_data + i * gradient_image + group * padded_out * pixels);
+          }
+        }
+      });
+    }
+    const A* const source =
+        plan.in_place ? static_cast<const A*>(input) + n0 * input_image : packed_data;
+    const A* const gradient =
+        gradient_in_place ? static_cast<const A*>(grad_output) + n0 * output_image : gradient_data;
+    parallel_for(pool, static_cast<int64_t>(tasks.size()), serial, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Task& task = tasks[static_cast<size_t>(i)];
+        double* const task_totals = totals + task.group * totals_group;
+        for (int64_t image = 0; image < chunk; ++image) {
+          for (int64_t y = 0; y < problem.out_height; y += rows_per_sum) {
+            const int64_t first = y * problem.out_width;
+            OuterProductSteps<A> steps;
+            steps.offsets = pixel_offsets.data();
+            steps.count = std::min(rows_per_sum, problem.out_height - y) * problem.out_width;
+            if (gradient_in_place) {
+              steps.panels = gradient + image * gradient_image + first * problem.out_channels +
+                             task.group * group_out;
+              steps.panel = lanes;
+              steps.step = problem.out_channels;
+            } else {
+              steps.panels = gradient + image * gradient_image + task.group * padded_out * pixels +
+                             first * lanes;
+              steps.panel = pixels * lanes;
+              steps.step = lanes;
+            }
+            const A* const from = source + image * images.image +
+                                  task.group * group_in * images.channel +
+                                  y * problem.stride_h * images.row;
+            const auto run = [&](auto vectors) {
+              outer_product_pairs<A, decltype(vectors)::value>(
+                  from, list.source, task.pair, steps, task.vector, task_totals, padded_out);
+            };
+            switch (task.vectors) {
+              case 3:
+                run(Constant<3>{});
+                break;
+              case 2:
+                run(Constant<2>{});
+                break;
+              default:
+                run(Constant<1>{});
+            }
+          }
+        }
+      }
+    });
+  }
+
+  with_storage<A>(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    for (int64_t k = 0; k < problem.out_channels; ++k) {
+      const double* const from = totals + k / group_out * totals_group + k % group_out;
+      T* const to = static_cast<T*>(grad_weight) + k * problem.weight_stride_k;
+      for (int64_t i = 0; i < pairs; ++i) {
+        to[list.weight[static_cast<size_t>(i)]] = narrow<T>(static_cast<A>(from[i * padded_out]));
+      }
+    }
+  });
+}

@@ -1,0 +1,121 @@
+// The register tile of outer-product convolution.
+//
+// KV vectors of output channels by P output pixels live in registers. A step
+// loads KV vectors of weights and broadcasts P source elements for KV*P
+// multiply-adds. Pixels need not be neighbours, so rows of any width fill the
+// tile, and a source element is read where it lies: neither layout nor stride
+// asks for packing. 1x8, 2x6 and 3x4 are what 16 registers hold beside their
+// operands; with 32, the pointers to more than 8 pixels would not fit.
+
+template <int KV>
+constexpr int kTilePixels = CNNK_VECTOR_REGISTERS >= 32 ? 8
+                            : KV == 1                   ? 8
+                            : KV == 2                   ? 6
+                                                        : 4;
+
+// A sequence of steps: element offsets of the source, the same for all pixels,
+// and vectors of channels that they are multiplied by.
+template <class A>
+struct OuterProductSteps {
+  const int64_t* offsets;
+  int64_t count;
+  const A* panels;  // [vector][step][lane]
+  int64_t panel;    // from one vector of channels to the next
+  int64_t step;     // from one step to the next
+};
+
+template <class A, int KV, int P>
+CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProductSteps<A>& steps,
+                                    int64_t first_vector, Vec<A> (&total)[P][KV]) {
+  const A* const panels = steps.panels + first_vector * steps.panel;
+  for (int64_t begin = 0; begin == 0 || begin < steps.count; begin += kSumLength) {
+    const int64_t end = std::min(steps.count, begin + kSumLength);
+    Vec<A> sum[P][KV];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < KV; ++v) sum[p][v] = Vec<A>{};
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t offset = steps.offsets[i];
+      Vec<A> weight[KV];
+#pragma GCC unroll 4
+      for (int v = 0; v < KV; ++v) weight[v] = load(panels + v * steps.panel + i * steps.step);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const Vec<A> x = broadcast(source[p][offset]);
+#pragma GCC unroll 4
+        for (int v = 0; v < KV; ++v) sum[p][v] += weight[v] * x;
+      }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < KV; ++v) total[p][v] = begin == 0 ? sum[p][v] : total[p][v] + sum[p][v];
+    }
+  }
+}
+
+// Calls body(first vector, Constant<KV>) for tiles that cover `vectors`.
+template <class Body>
+CNNK_INLINE void for_each_vector_tile(int64_t vectors, Body&& body) {
+  int64_t v = 0;
+  if (vectors % 2 == 1 && vectors >= 3) {
+    body(v, Constant<3>{});
+    v += 3;
+  }
+  for (; vectors - v >= 2; v += 2) body(v, Constant<2>{});
+  if (v < vectors) body(v, Constant<1>{});
+}
+
+// Weights as panels, [vector of channels][step][lane], zero past the last
+// channel. Weight (channel, step) is at channel * channel_stride + steps[step].
+template <class A>
+void pack_panels(DType dtype, const void* weight, int64_t at, int64_t channels,
+                 int64_t channel_stride, const std::vector<int64_t>& steps, A* panels) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t count = static_cast<int64_t>(steps.size());
+  with_storage<A>(dtype, [&](auto element) {
+    const auto* const from = static_cast<const decltype(element)*>(weight) + at;
+    for (int64_t k = 0; k < round_up(channels, lanes); ++k) {
+      A* const to = panels + k / lanes * lanes * count + k % lanes;
+      for (int64_t i = 0; i < count; ++i) {
+        to[i * lanes] = k < channels ? widen(from[k * channel_stride + steps[i]]) : A{0};
+      }
+    }
+  });
+}
+
+// Full-width interleaving of two vectors: a0 b0 a1 b1 …
+template <class A, size_t... I>
+CNNK_INLINE void interleave_at(Vec<A> a, Vec<A> b, Vec<A>& low, Vec<A>& high,
+                               std::index_sequence<I...>) {
+  constexpr size_t lanes = sizeof...(I);
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * lanes)...);
+  high = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * lanes + lanes / 2)...);
+#else
+  typedef Vec<Mask<A> > Index;
+  low = __builtin_shuffle(a, b, Index{static_cast<Mask<A> >(I / 2 + (I % 2) * lanes)...});
+  high =
+      __builtin_shuffle(a, b, Index{static_cast<Mask<A> >(I / 2 + (I % 2) * lanes + lanes / 2)...});
+#endif
+}
+
+// A square of lanes x lanes elements: log2(lanes) rounds of interleaving row i
+// with row i + lanes/2 turn rows into columns.
+template <class A>
+CNNK_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  constexpr int lanes = kLanes<A>;
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    Vec<A> next[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      interleave_at<A>(rows[i], rows[i + lanes / 2], next[2 * i], next[2 * i + 1],
+                       std::make_index_sequence<lanes>{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
