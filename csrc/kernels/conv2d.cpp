@@ -23,19 +23,20 @@ int64_t rows_per_task(int64_t rows, int64_t other_tasks, int threads) {
   return ceil_div(rows, blocks);
 }
 
-// The plan of a direct pass that packs `packed_image` elements an image and gives
+// The plan of a pass that packs `packed_image` elements an image and gives
 // `group_channels` channels of `rows` rows in each group.
-Conv2dPlan direct_plan(const Conv2dProblem& problem, Isa isa, int threads, int64_t packed_image,
-                       int64_t group_channels, int64_t rows) {
+Conv2dPlan pass_plan(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa, int threads,
+                     int64_t packed_image, int64_t group_channels, int64_t rows) {
   Conv2dPlan plan;
-  plan.algorithm = "direct";
+  plan.algorithm = algorithm;
   plan.isa = isa;
   plan.vector_lanes = static_cast<int>(vector_bytes(isa) / accumulator_size(problem.dtype));
   plan.threads = problem.multiply_adds() < kSerialMultiplyAdds ? 1 : threads;
   const int64_t image_bytes = std::max<int64_t>(1, packed_image * accumulator_size(problem.dtype));
   plan.images_per_chunk = std::clamp<int64_t>(plan.threads * kPackedChunkBytes / image_bytes, 1,
                                               std::max<int64_t>(1, problem.batch));
-  plan.channels_per_task = std::min<int64_t>(group_channels, 24);
+  plan.channels_per_task =
+      algorithm == ConvAlgorithm::direct ? std::min<int64_t>(group_channels, 24) : group_channels;
   const int64_t other_tasks =
       plan.images_per_chunk * problem.groups * ceil_div(group_channels, plan.channels_per_task);
   plan.rows_per_task = std::max<int64_t>(1, rows_per_task(rows, other_tasks, plan.threads));
@@ -44,93 +45,175 @@ Conv2dPlan direct_plan(const Conv2dProblem& problem, Isa isa, int threads, int64
   return plan;
 }
 
-Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
-  const int64_t packed_plane =
-      (problem.out_height + (problem.kernel_height - 1) * problem.dilation_h) *
-      (problem.out_width + (problem.kernel_width - 1) * problem.dilation_w);
-  return direct_plan(problem, isa, threads, problem.out_channels * packed_plane,
-                     problem.in_channels / problem.groups,
-                     ceil_div(problem.in_height, problem.stride_h));
-}
-
-Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
-  const int64_t packed_image =
-      problem.in_channels * packed_input(problem, problem.stride_w).plane() +
-      problem.out_channels * problem.out_height * (problem.out_width + vector_bytes(isa));
-  return direct_plan(problem, isa, threads, packed_image, problem.out_channels / problem.groups,
-                     problem.out_height);
-}
-
-// The same for outer products, whose tiles take all channels of a group, packed
-// as panels of `steps` (input channel, tap) pairs.
-Conv2dPlan outer_product_plan(const Conv2dProblem& problem, Isa isa, int threads,
-                              int64_t packed_image, int64_t panels, int64_t rows) {
-  Conv2dPlan plan = direct_plan(problem, isa, threads, packed_image, 1, rows);
-  plan.algorithm = "outer product";
-  plan.workspace_bytes += panels * accumulator_size(problem.dtype);
-  return plan;
-}
-
-bool reads_in_place(const Conv2dProblem& problem) {
-  return problem.dtype == DType::float32 || problem.dtype == DType::float64;
-}
-
 int64_t lanes_of(const Conv2dProblem& problem, Isa isa) {
   return vector_bytes(isa) / accumulator_size(problem.dtype);
 }
 
-int choice(const char* name) {
-  const char* v = std::getenv(name);
-  return v == nullptr ? -1 : std::atoi(v);
+// Whether tiles can read elements where they lie.
+bool of_accumulator_type(const Conv2dProblem& problem) {
+  return problem.dtype == DType::float32 || problem.dtype == DType::float64;
+}
+
+// A pass over one image and group, as both algorithms see it.
+struct Pass {
+  int64_t steps;     // products in an output: input channels by taps
+  int64_t channels;  // of the output
+  int64_t rows, columns;
+};
+
+// Estimates of the cycles that an image takes, of which only the comparison
+// matters. A multiply-add of vectors costs half a cycle and somewhat more for
+// what surrounds it; storing costs by the vector. Fitted to measurements of an
+// AVX2 machine (docs/performance.md).
+double direct_cost(const Pass& pass, Layout layout, int64_t lanes) {
+  const double vectors =
+      static_cast<double>(pass.channels * pass.rows * ceil_div(pass.columns, lanes));
+  return vectors * (0.75 * static_cast<double>(pass.steps) + (layout == Layout::nchw ? 3 : 12));
+}
+
+double outer_product_cost(const Pass& pass, Layout layout, int64_t lanes, int64_t batch) {
+  constexpr int64_t kTile = 8;
+  const int64_t vectors = ceil_div(pass.channels, lanes);
+  const double pixels = static_cast<double>(std::max(kTile, pass.rows * pass.columns));
+  const double store = layout == Layout::nchw ? 6 : pass.channels % lanes == 0 ? 3 : 12;
+  const double panels =
+      2.0 * static_cast<double>(pass.steps * vectors * lanes) / static_cast<double>(batch);
+  return pixels * static_cast<double>(vectors) * (0.62 * static_cast<double>(pass.steps) + store) +
+         panels;
+}
+
+ConvAlgorithm cheaper(const Pass& pass, const Conv2dProblem& problem, Isa isa) {
+  const int64_t lanes = lanes_of(problem, isa);
+  return outer_product_cost(pass, problem.layout, lanes, problem.batch) <
+                 direct_cost(pass, problem.layout, lanes)
+             ? ConvAlgorithm::outer_product
+             : ConvAlgorithm::direct;
+}
+
+// Elements of the panels of a group's weights.
+int64_t panel_elements(const Conv2dProblem& problem, Isa isa, int64_t from_channels,
+                       int64_t to_channels) {
+  return problem.groups * round_up(to_channels / problem.groups, lanes_of(problem, isa)) *
+         (from_channels / problem.groups) * problem.kernel_height * problem.kernel_width;
+}
+
+// Whether the outer product's forward pass reads the input where it lies.
+bool forward_in_place(const Conv2dProblem& problem) {
+  const PackedPlanes packed = packed_input(problem, 1);
+  return of_accumulator_type(problem) && problem.pad_top == 0 && problem.pad_left == 0 &&
+         packed.rows <= problem.in_height && packed.row_length <= problem.in_width;
 }
 
 }  // namespace
 
-Conv2dPlan plan_outer_product_forward(const Conv2dProblem& problem, Isa isa, int threads) {
-  const PackedPlanes packed = packed_input(problem, 1);
-  const bool in_place = reads_in_place(problem) && problem.pad_top == 0 && problem.pad_left == 0 &&
-                        packed.rows <= problem.in_height && packed.row_length <= problem.in_width;
-  const int64_t panels =
-      problem.groups * round_up(problem.out_channels / problem.groups, lanes_of(problem, isa)) *
-      (problem.in_channels / problem.groups) * problem.kernel_height * problem.kernel_width;
+Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
+                        int threads) {
+  if (algorithm == ConvAlgorithm::outer_product) {
+    const bool in_place = forward_in_place(problem);
+    Conv2dPlan plan =
+        pass_plan(problem, algorithm, isa, threads,
+                  in_place ? 0 : problem.in_channels * packed_input(problem, 1).plane(), 1,
+                  problem.out_height);
+    plan.channels_per_task = problem.out_channels / problem.groups;
+    plan.in_place = in_place;
+    plan.workspace_bytes +=
+        panel_elements(problem, isa, problem.in_channels, problem.out_channels) *
+        accumulator_size(problem.dtype);
+    return plan;
+  }
+  const PackedPlanes packed = packed_input(problem, problem.stride_w);
   Conv2dPlan plan =
-      outer_product_plan(problem, isa, threads, in_place ? 0 : problem.in_channels * packed.plane(),
-                         panels, problem.out_height);
-  plan.in_place = in_place;
+      pass_plan(problem, algorithm, isa, threads, problem.in_channels * packed.plane(),
+                problem.out_channels / problem.groups, problem.out_height);
+  plan.in_place = of_accumulator_type(problem) && problem.layout == Layout::nchw &&
+                  problem.stride_w == 1 && problem.pad_top == 0 && problem.pad_left == 0 &&
+                  packed.rows <= problem.in_height && packed.row_length <= problem.in_width &&
+                  problem.out_width >= plan.vector_lanes;
+  if (plan.in_place) plan.workspace_bytes = 0;
   return plan;
 }
 
-Conv2dPlan plan_outer_product_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
-  const GradientBorder border_h =
+Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
+                               int threads) {
+  const GradientBorder rows =
       gradient_border(problem.in_height, problem.kernel_height, problem.stride_h, problem.pad_top,
                       problem.dilation_h);
-  const GradientBorder border_w =
+  const GradientBorder columns =
       gradient_border(problem.in_width, problem.kernel_width, problem.stride_w, problem.pad_left,
                       problem.dilation_w);
-  const bool in_place = reads_in_place(problem) && border_h.before == 0 && border_w.before == 0 &&
-                        border_h.size <= problem.out_height && border_w.size <= problem.out_width;
-  const int64_t panels =
-      problem.groups * round_up(problem.in_channels / problem.groups, lanes_of(problem, isa)) *
-      (problem.out_channels / problem.groups) * problem.kernel_height * problem.kernel_width;
-  Conv2dPlan plan = outer_product_plan(
-      problem, isa, threads, in_place ? 0 : problem.out_channels * border_h.size * border_w.size,
-      panels, ceil_div(problem.in_height, problem.stride_h));
+  const bool outer = algorithm == ConvAlgorithm::outer_product;
+  const bool in_place = outer && of_accumulator_type(problem) && rows.before == 0 &&
+                        columns.before == 0 && rows.size <= problem.out_height &&
+                        columns.size <= problem.out_width;
+  Conv2dPlan plan = pass_plan(problem, algorithm, isa, threads,
+                              in_place ? 0 : problem.out_channels * rows.size * columns.size,
+                              problem.in_channels / problem.groups,
+                              ceil_div(problem.in_height, problem.stride_h));
+  plan.in_place = in_place;
+  if (outer) {
+    plan.workspace_bytes +=
+        panel_elements(problem, isa, problem.out_channels, problem.in_channels) *
+        accumulator_size(problem.dtype);
+  }
+  return plan;
+}
+
+Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
+                                int threads) {
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const bool outer = algorithm == ConvAlgorithm::outer_product;
+  const bool in_place = outer && forward_in_place(problem);
+  const int64_t source_image =
+      in_place ? 0
+               : problem.in_channels * packed_input(problem, outer ? 1 : problem.stride_w).plane();
+  const int64_t gradient_image =
+      outer ? problem.groups * round_up(group_out, lanes_of(problem, isa)) * problem.out_height *
+                  problem.out_width
+            : problem.out_channels * problem.out_height * (problem.out_width + vector_bytes(isa));
+  Conv2dPlan plan = pass_plan(problem, algorithm, isa, threads, source_image + gradient_image,
+                              group_out, problem.out_height);
   plan.in_place = in_place;
   return plan;
 }
 
-Conv2dPlan plan_outer_product_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
-  Conv2dPlan plan = plan_outer_product_forward(problem, isa, threads);
-  const int64_t gradient_image =
-      problem.groups * round_up(problem.out_channels / problem.groups, lanes_of(problem, isa)) *
-      problem.out_height * problem.out_width;
-  const int64_t source_image =
-      plan.in_place ? 0 : problem.in_channels * packed_input(problem, 1).plane();
-  const bool in_place = plan.in_place;
-  plan = outer_product_plan(problem, isa, threads, source_image + gradient_image, 0,
-                            problem.out_height);
-  plan.in_place = in_place;
-  return plan;
+ConvAlgorithm cheaper_forward(const Conv2dProblem& problem, Isa isa, int64_t rows, int64_t columns,
+                              int64_t pixels) {
+  const Pass pass = {pixels * (problem.in_channels / problem.groups) * problem.kernel_height *
+                         problem.kernel_width,
+                     problem.out_channels / problem.groups, rows, columns};
+  return cheaper(pass, problem, isa);
+}
+
+Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
+  return plan_forward(problem,
+                      cheaper_forward(problem, isa, problem.out_height, problem.out_width, 1), isa,
+                      threads);
+}
+
+Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  // One residue class: its pixels, and those of the taps that reach it.
+  const Pass pass = {
+      problem.out_channels / problem.groups * ceil_div(problem.kernel_height, problem.stride_h) *
+          ceil_div(problem.kernel_width, problem.stride_w),
+      problem.in_channels / problem.groups, ceil_div(problem.in_height, problem.stride_h),
+      ceil_div(problem.in_width, problem.stride_w)};
+  return plan_input_gradient(problem, cheaper(pass, problem, isa), isa, threads);
+}
+
+Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  const int64_t lanes = lanes_of(problem, isa);
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const double pairs = static_cast<double>(problem.in_channels / problem.groups *
+                                           problem.kernel_height * problem.kernel_width);
+  // As in the costs above; packing a vector of output gradients costs 8.
+  const double direct =
+      1.25 * pairs *
+      static_cast<double>(group_out * problem.out_height * ceil_div(problem.out_width, lanes));
+  const double outer =
+      (0.62 * pairs + 8) *
+      static_cast<double>(problem.out_height * problem.out_width * ceil_div(group_out, lanes));
+  return plan_weight_gradient(
+      problem, outer < direct ? ConvAlgorithm::outer_product : ConvAlgorithm::direct, isa, threads);
 }
 
 PackedPlanes packed_input(const Conv2dProblem& problem, int64_t phases) {
@@ -166,49 +249,28 @@ PlaneSource plane_source(Layout layout, int64_t channels, int64_t height, int64_
   return {height, width, 1, width * channels, channels};
 }
 
-Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
-  Conv2dPlan plan = direct_plan(
-      problem, isa, threads, problem.in_channels * packed_input(problem, problem.stride_w).plane(),
-      problem.out_channels / problem.groups, problem.out_height);
-  const bool accumulator_type = problem.dtype == DType::float32 || problem.dtype == DType::float64;
-  const PackedPlanes packed = packed_input(problem, problem.stride_w);
-  plan.in_place = accumulator_type && problem.layout == Layout::nchw && problem.stride_w == 1 &&
-                  problem.pad_top == 0 && problem.pad_left == 0 &&
-                  packed.rows <= problem.in_height && packed.row_length <= problem.in_width &&
-                  problem.out_width >= plan.vector_lanes;
-  if (plan.in_place) plan.workspace_bytes = 0;
-  return plan;
-}
-
 void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
                     const void* input, const void* weight, const void* bias, void* output) {
-  if (choice("OPF") == 1) {
-    conv2d_outer_product_forward(problem, plan_outer_product_forward(problem, isa, pool.threads),
-                                 pool, input, weight, bias, output);
-    return;
-  }
   const Conv2dPlan plan = plan_conv2d(problem, isa, pool.threads);
-  conv2d_direct_forward(problem, plan, pool, input, weight, bias, output);
+  const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_forward
+                                                           : conv2d_outer_product_forward;
+  run(problem, plan, pool, input, weight, bias, output);
 }
 
 void conv2d_backward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
                      const void* grad_output, const void* input, const void* weight,
                      void* grad_input, void* grad_weight, void* grad_bias) {
-  if (grad_input != nullptr && choice("OPI") == 1) {
-    conv2d_outer_product_input_gradient(
-        problem, plan_outer_product_input_gradient(problem, isa, pool.threads), pool, grad_output,
-        weight, grad_input);
-  } else if (grad_input != nullptr) {
-    conv2d_direct_input_gradient(problem, plan_input_gradient(problem, isa, pool.threads), pool,
-                                 grad_output, weight, grad_input);
+  if (grad_input != nullptr) {
+    const Conv2dPlan plan = plan_conv2d_input_gradient(problem, isa, pool.threads);
+    const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_input_gradient
+                                                             : conv2d_outer_product_input_gradient;
+    run(problem, plan, pool, grad_output, weight, grad_input);
   }
-  if (grad_weight != nullptr && choice("OPW") == 1) {
-    conv2d_outer_product_weight_gradient(
-        problem, plan_outer_product_weight_gradient(problem, isa, pool.threads), pool, grad_output,
-        input, grad_weight);
-  } else if (grad_weight != nullptr) {
-    conv2d_direct_weight_gradient(problem, plan_weight_gradient(problem, isa, pool.threads), pool,
-                                  grad_output, input, grad_weight);
+  if (grad_weight != nullptr) {
+    const Conv2dPlan plan = plan_conv2d_weight_gradient(problem, isa, pool.threads);
+    const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_weight_gradient
+                                                             : conv2d_outer_product_weight_gradient;
+    run(problem, plan, pool, grad_output, input, grad_weight);
   }
   if (grad_bias != nullptr) {
     conv2d_bias_gradient(problem, isa, pool, grad_output, grad_bias);

@@ -32,10 +32,19 @@ struct Conv2dProblem {
   }
 };
 
+enum class ConvAlgorithm : uint8_t {
+  direct,         // vectors along the rows: conv2d_direct.inl, conv2d_weight_gradient.inl
+  outer_product,  // vectors along the channels: conv2d_outer_product.inl
+};
+
+inline const char* algorithm_name(ConvAlgorithm algorithm) {
+  return algorithm == ConvAlgorithm::direct ? "direct" : "outer product";
+}
+
 // Which algorithm runs and how it is cut up; a pure function of the problem,
 // the instruction set and the number of threads.
 struct Conv2dPlan {
-  const char* algorithm;
+  ConvAlgorithm algorithm;
   Isa isa;
   int vector_lanes;
   int threads;               // 1: the call stays on its own thread
@@ -47,6 +56,21 @@ struct Conv2dPlan {
 };
 
 Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads);
+Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads);
+Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads);
+
+// The same for an algorithm that is given; a planner chooses between these.
+Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
+                        int threads);
+Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
+                               int threads);
+Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
+                                int threads);
+
+// The algorithm that takes fewer cycles, by an estimate, for a forward pass that
+// stores rows x columns results, each of so many pixels.
+ConvAlgorithm cheaper_forward(const Conv2dProblem& problem, Isa isa, int64_t rows, int64_t columns,
+                              int64_t pixels);
 
 // bias may be null.
 void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,

@@ -14,17 +14,15 @@ struct Conv2dReluMaxPool2dProblem {
   MaxPool2dProblem pool;
 };
 
-struct Conv2dReluMaxPool2dPlan {
-  const char* algorithm;
-  Isa isa;
-  int vector_lanes;
-  int threads;
-  int64_t images_per_chunk;
-  int64_t rows_per_task;  // pooled rows
-  int64_t channels_per_task;
+// rows_per_task counts pooled rows.
+struct Conv2dReluMaxPool2dPlan : Conv2dPlan {
   bool pool_in_registers;  // 2x2 windows at stride 2 close without leaving registers
-  int64_t workspace_bytes;
 };
+
+// The outer product does only what pools in registers.
+Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& problem,
+                                           ConvAlgorithm algorithm, Isa isa, int threads);
+bool pools_in_registers(const MaxPool2dProblem& window);
 
 Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dProblem& problem,
                                                     Isa isa, int threads);

@@ -320,7 +320,8 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
   const Conv2dProblem problem = conv_problem(op, batched(op, x), w, b, arguments);
   if (mostly_border(problem)) return aten_plan("the border is much larger than the image");
   const Conv2dPlan plan = plan_conv2d(problem, active_isa(), torch_thread_pool().threads);
-  py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
+  py::dict result =
+      native_plan(algorithm_name(plan.algorithm), plan.isa, plan.vector_lanes, plan.threads);
   result["images_per_chunk"] = plan.images_per_chunk;
   result["rows_per_task"] = plan.rows_per_task;
   result["channels_per_task"] = plan.channels_per_task;
@@ -369,7 +370,8 @@ py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py:
       block_problem(op, batched(op, x), w, b, {conv, window});
   const Conv2dReluMaxPool2dPlan plan =
       plan_conv2d_relu_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
-  py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
+  py::dict result =
+      native_plan(algorithm_name(plan.algorithm), plan.isa, plan.vector_lanes, plan.threads);
   result["images_per_chunk"] = plan.images_per_chunk;
   result["rows_per_task"] = plan.rows_per_task;
   result["channels_per_task"] = plan.channels_per_task;

@@ -6,10 +6,6 @@
 
 namespace cnnkernels {
 
-Conv2dPlan plan_outer_product_forward(const Conv2dProblem& problem, Isa isa, int threads);
-Conv2dPlan plan_outer_product_input_gradient(const Conv2dProblem& problem, Isa isa, int threads);
-Conv2dPlan plan_outer_product_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads);
-
 void conv2d_outer_product_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                                   const ThreadPool& pool, const void* input, const void* weight,
                                   const void* bias, void* output);

@@ -11,6 +11,13 @@ void conv2d_relu_max_pool2d_direct_forward(const Conv2dReluMaxPool2dProblem& pro
                                            const void* weight, const void* bias, void* output,
                                            void* argmax);
 
+// Needs pools_in_registers.
+void conv2d_relu_max_pool2d_outer_product_forward(const Conv2dReluMaxPool2dProblem& problem,
+                                                  const Conv2dReluMaxPool2dPlan& plan,
+                                                  const ThreadPool& pool, const void* input,
+                                                  const void* weight, const void* bias,
+                                                  void* output, void* argmax);
+
 void conv2d_relu_max_pool2d_winners_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
                                              const ThreadPool& pool, const void* grad_output,
                                              const void* input, const void* weight,

@@ -14,11 +14,6 @@
 #include "kernels/cpu/pack_planes.inl"
 #include "kernels/cpu/widened_weights.inl"
 
-template <class A>
-CNNK_INLINE Vec<A> relu(Vec<A> value) {
-  return select<A>(value <= Vec<A>{}, Vec<A>{}, value);  // NaN passes
-}
-
 // One pooled row of some channels, 2x2 at stride 2. `row` describes it as a
 // DirectRow whose columns are pooled columns.
 template <class A>

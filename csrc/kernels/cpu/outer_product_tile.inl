@@ -24,34 +24,51 @@ struct OuterProductSteps {
   int64_t step;     // from one step to the next
 };
 
+// sum[p][v] = the products of steps [begin, end).
+template <class A, int KV, int P>
+CNNK_INLINE void outer_product_sum(const A* const (&source)[P], const OuterProductSteps<A>& steps,
+                                   int64_t first_vector, int64_t begin, int64_t end,
+                                   Vec<A> (&sum)[P][KV]) {
+  const A* const panels = steps.panels + first_vector * steps.panel;
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < KV; ++v) sum[p][v] = Vec<A>{};
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t offset = steps.offsets[i];
+    Vec<A> weight[KV];
+#pragma GCC unroll 4
+    for (int v = 0; v < KV; ++v) weight[v] = load(panels + v * steps.panel + i * steps.step);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const Vec<A> x = broadcast(source[p][offset]);
+#pragma GCC unroll 4
+      for (int v = 0; v < KV; ++v) sum[p][v] += weight[v] * x;
+    }
+  }
+}
+
 template <class A, int KV, int P>
 CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProductSteps<A>& steps,
                                     int64_t first_vector, Vec<A> (&total)[P][KV]) {
-  const A* const panels = steps.panels + first_vector * steps.panel;
-  for (int64_t begin = 0; begin == 0 || begin < steps.count; begin += kSumLength) {
-    const int64_t end = std::min(steps.count, begin + kSumLength);
+  if (steps.count <= kSumLength) {
+    outer_product_sum(source, steps, first_vector, 0, steps.count, total);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < KV; ++v) total[p][v] = Vec<A>{};
+  }
+  for (int64_t begin = 0; begin < steps.count; begin += kSumLength) {
     Vec<A> sum[P][KV];
+    outer_product_sum(source, steps, first_vector, begin, std::min(steps.count, begin + kSumLength),
+                      sum);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-      for (int v = 0; v < KV; ++v) sum[p][v] = Vec<A>{};
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t offset = steps.offsets[i];
-      Vec<A> weight[KV];
-#pragma GCC unroll 4
-      for (int v = 0; v < KV; ++v) weight[v] = load(panels + v * steps.panel + i * steps.step);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        const Vec<A> x = broadcast(source[p][offset]);
-#pragma GCC unroll 4
-        for (int v = 0; v < KV; ++v) sum[p][v] += weight[v] * x;
-      }
-    }
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-      for (int v = 0; v < KV; ++v) total[p][v] = begin == 0 ? sum[p][v] : total[p][v] + sum[p][v];
+      for (int v = 0; v < KV; ++v) total[p][v] += sum[p][v];
     }
   }
 }

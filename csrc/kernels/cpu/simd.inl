@@ -51,6 +51,11 @@ CNNK_INLINE Vec<T> select(Vec<Mask<T>> mask, Vec<T> yes, Vec<T> no) {
 }
 
 template <class T>
+CNNK_INLINE Vec<T> relu(Vec<T> value) {
+  return select<T>(value <= Vec<T>{}, Vec<T>{}, value);  // NaN passes
+}
+
+template <class T>
 CNNK_INLINE Vec<T> lane_numbers() {
   T lanes[kLanes<T>];
   for (int i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(i);
