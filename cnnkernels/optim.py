@@ -51,17 +51,18 @@ def _observable(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
+def _zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
     """Forgets the gradients of all tensors, or sets them to zero.
 
     Args:
+        optimizer: whose tensors they are; this is a method of each class below.
         set_to_none: whether to forget them; False is slower and keeps their memory.
     """
     # A profiler sees a record of each call, and zeros are torch's business.
     if not set_to_none or _profiler_enabled():
-        Optimizer.zero_grad(self, set_to_none)
+        Optimizer.zero_grad(optimizer, set_to_none)
         return
-    for group in self.param_groups:
+    for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = None
 

@@ -275,6 +275,32 @@ def test_input_changed_in_place_before_backward_is_an_error() -> None:
             output.sum().backward()
 
 
+@pytest.mark.usefixtures("backend")
+def test_compiled_autograd() -> None:
+    """A backward graph of saved tensors and arguments that torch._dynamo traces, then reuses."""
+    from torch._dynamo import compiled_autograd
+
+    graphs = 0
+
+    def compile_backward(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return cast(Callable[..., Any], torch.compile(graph, backend="eager"))
+
+    for _ in range(2):
+        ours = [tensor.requires_grad_() for tensor in arguments()]
+        theirs = [tensor.detach().requires_grad_() for tensor in ours]
+        THEIRS(*theirs).backward()
+        loss = OURS(*ours)
+        with (
+            runs_kernel("conv2d_backward", "max_pool2d_backward"),
+            compiled_autograd._enable(compile_backward),
+        ):
+            loss.backward()
+        torch.testing.assert_close([t.grad for t in ours], [t.grad for t in theirs])
+    assert graphs == 1
+
+
 def test_operators_pass_opcheck() -> None:
     """Schema, autograd registration, fake tensors and compiled graphs, by torch's own checker."""
     if not cnnkernels.is_native_available():

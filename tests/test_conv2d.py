@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from cnnkernels import functional
+from cnnkernels import explain, functional, get_backend
 
 pytestmark = pytest.mark.usefixtures("isa", "poisoned")
 
@@ -215,6 +215,28 @@ def test_long_sums_are_as_accurate_as_torch() -> None:
             lambda x, w, b: F.conv2d(x, w, b, padding=1),
             case_arguments(shape, torch.float32, memory_format),
             "512 channels",
+        )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("algorithm", "channels", "out_channels", "size"),
+    [("direct", 1, 4, 32), ("outer product", 32, 32, 9), ("outer product", 33, 47, 7)],
+)
+def test_plan_follows_the_shape(
+    algorithm: str, channels: int, out_channels: int, size: int, memory_format: torch.memory_format
+) -> None:
+    shape = (2, channels, size, size, out_channels, (3, 3), {"padding": 1})
+    arguments = case_arguments(shape, torch.float32, memory_format)
+    if get_backend() == "native":
+        plan = explain(functional.conv2d, *arguments, padding=1)
+        assert plan["algorithm"] == algorithm
+    with runs_kernel("conv2d", "conv2d_backward"):
+        compare(
+            lambda *t: functional.conv2d(*t, padding=1),
+            lambda *t: F.conv2d(*t, padding=1),
+            arguments,
+            algorithm,
         )
 
 

@@ -249,28 +249,45 @@ PlaneSource plane_source(Layout layout, int64_t channels, int64_t height, int64_
   return {height, width, 1, width * channels, channels};
 }
 
-void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
+void conv2d_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                     const void* input, const void* weight, const void* bias, void* output) {
-  const Conv2dPlan plan = plan_conv2d(problem, isa, pool.threads);
   const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_forward
                                                            : conv2d_outer_product_forward;
   run(problem, plan, pool, input, weight, bias, output);
+}
+
+void conv2d_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                           const ThreadPool& pool, const void* grad_output, const void* weight,
+                           void* grad_input) {
+  const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_input_gradient
+                                                           : conv2d_outer_product_input_gradient;
+  run(problem, plan, pool, grad_output, weight, grad_input);
+}
+
+void conv2d_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                            const ThreadPool& pool, const void* grad_output, const void* input,
+                            void* grad_weight) {
+  const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_weight_gradient
+                                                           : conv2d_outer_product_weight_gradient;
+  run(problem, plan, pool, grad_output, input, grad_weight);
+}
+
+void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
+                    const void* input, const void* weight, const void* bias, void* output) {
+  conv2d_forward(problem, plan_conv2d(problem, isa, pool.threads), pool, input, weight, bias,
+                 output);
 }
 
 void conv2d_backward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
                      const void* grad_output, const void* input, const void* weight,
                      void* grad_input, void* grad_weight, void* grad_bias) {
   if (grad_input != nullptr) {
-    const Conv2dPlan plan = plan_conv2d_input_gradient(problem, isa, pool.threads);
-    const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_input_gradient
-                                                             : conv2d_outer_product_input_gradient;
-    run(problem, plan, pool, grad_output, weight, grad_input);
+    conv2d_input_gradient(problem, plan_conv2d_input_gradient(problem, isa, pool.threads), pool,
+                          grad_output, weight, grad_input);
   }
   if (grad_weight != nullptr) {
-    const Conv2dPlan plan = plan_conv2d_weight_gradient(problem, isa, pool.threads);
-    const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_weight_gradient
-                                                             : conv2d_outer_product_weight_gradient;
-    run(problem, plan, pool, grad_output, input, grad_weight);
+    conv2d_weight_gradient(problem, plan_conv2d_weight_gradient(problem, isa, pool.threads), pool,
+                           grad_output, input, grad_weight);
   }
   if (grad_bias != nullptr) {
     conv2d_bias_gradient(problem, isa, pool, grad_output, grad_bias);

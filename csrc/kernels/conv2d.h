@@ -72,7 +72,17 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
 ConvAlgorithm cheaper_forward(const Conv2dProblem& problem, Isa isa, int64_t rows, int64_t columns,
                               int64_t pixels);
 
-// bias may be null.
+// Runs a plan. bias may be null.
+void conv2d_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+                    const void* input, const void* weight, const void* bias, void* output);
+void conv2d_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                           const ThreadPool& pool, const void* grad_output, const void* weight,
+                           void* grad_input);
+void conv2d_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                            const ThreadPool& pool, const void* grad_output, const void* input,
+                            void* grad_weight);
+
+// Plans and runs. bias may be null.
 void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
                     const void* input, const void* weight, const void* bias, void* output);
 

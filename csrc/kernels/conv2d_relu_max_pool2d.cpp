@@ -52,14 +52,21 @@ Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dPro
   return plan_block_forward(problem, algorithm, isa, threads);
 }
 
-void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
-                                    const ThreadPool& pool, const void* input, const void* weight,
-                                    const void* bias, void* output, void* argmax) {
-  const Conv2dReluMaxPool2dPlan plan = plan_conv2d_relu_max_pool2d(problem, isa, pool.threads);
+void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem,
+                                    const Conv2dReluMaxPool2dPlan& plan, const ThreadPool& pool,
+                                    const void* input, const void* weight, const void* bias,
+                                    void* output, void* argmax) {
   const auto run = plan.algorithm == ConvAlgorithm::direct
                        ? conv2d_relu_max_pool2d_direct_forward
                        : conv2d_relu_max_pool2d_outer_product_forward;
   run(problem, plan, pool, input, weight, bias, output, argmax);
+}
+
+void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                                    const ThreadPool& pool, const void* input, const void* weight,
+                                    const void* bias, void* output, void* argmax) {
+  conv2d_relu_max_pool2d_forward(problem, plan_conv2d_relu_max_pool2d(problem, isa, pool.threads),
+                                 pool, input, weight, bias, output, argmax);
 }
 
 void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,

@@ -34,6 +34,12 @@ void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem, I
                                     const ThreadPool& pool, const void* input, const void* weight,
                                     const void* bias, void* output, void* argmax);
 
+// The same by a plan that is given.
+void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem,
+                                    const Conv2dReluMaxPool2dPlan& plan, const ThreadPool& pool,
+                                    const void* input, const void* weight, const void* bias,
+                                    void* output, void* argmax);
+
 // Any of the three gradients may be null. `output` is the pooled output.
 void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
                                      const ThreadPool& pool, const void* grad_output,

@@ -84,6 +84,9 @@ struct GradientMemory {
   }
 };
 
+constexpr ConvAlgorithm kAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product};
+
+// Every algorithm, whatever a planner would choose, and then the choice.
 void check_conv2d(Random& random) {
   const Conv2dProblem p = random_conv2d(random);
   const Element element = element_of(p.dtype);
@@ -100,10 +103,30 @@ void check_conv2d(Random& random) {
   const Memory weight(element, tensors.weight, tensors.weight_strides);
   const Memory bias(element, tensors.bias, kBiasStrides);
   const Memory grad_out(element, grad_output, tensors.output_strides);
+  const void* const bias_data = with_bias ? bias.data() : nullptr;
+  for (const ConvAlgorithm algorithm : kAlgorithms) {
+    for_each_run(
+        describe(p) + ", " + algorithm_name(algorithm), [&](Isa isa, const ThreadPool& pool) {
+          const Memory out(element, tensors.output_shape, tensors.output_strides);
+          conv2d_forward(p, plan_forward(p, algorithm, isa, pool.threads), pool, input.data(),
+                         weight.data(), bias_data, out.data());
+          expect_holds(out, output, "output");
+          GradientMemory to(random, element, tensors);
+          to.wants_bias = false;
+          if (to.wants_input) {
+            conv2d_input_gradient(p, plan_input_gradient(p, algorithm, isa, pool.threads), pool,
+                                  grad_out.data(), weight.data(), to.input_data());
+          }
+          if (to.wants_weight) {
+            conv2d_weight_gradient(p, plan_weight_gradient(p, algorithm, isa, pool.threads), pool,
+                                   grad_out.data(), input.data(), to.weight_data());
+          }
+          to.expect_all(gradients);
+        });
+  }
   for_each_run(describe(p), [&](Isa isa, const ThreadPool& pool) {
     const Memory out(element, tensors.output_shape, tensors.output_strides);
-    conv2d_forward(p, isa, pool, input.data(), weight.data(), with_bias ? bias.data() : nullptr,
-                   out.data());
+    conv2d_forward(p, isa, pool, input.data(), weight.data(), bias_data, out.data());
     expect_holds(out, output, "output");
     const GradientMemory to(random, element, tensors);
     conv2d_backward(p, isa, pool, grad_out.data(), input.data(), weight.data(), to.input_data(),
@@ -224,15 +247,28 @@ void check_block(Random& random) {
   const Memory output(element, pooled.values, strides);
   const Memory argmax(tap_element, pooled.taps, strides);
   const Memory grad_out(element, grad_output, strides);
-  for_each_run(describe(p.conv) + ", " + describe(p.pool), [&](Isa isa, const ThreadPool& pool) {
+  const std::string context = describe(p.conv) + ", " + describe(p.pool);
+  const void* const bias_data = with_bias ? bias.data() : nullptr;
+  for (const ConvAlgorithm algorithm : kAlgorithms) {
+    if (algorithm == ConvAlgorithm::outer_product && !pools_in_registers(p.pool)) continue;
+    for_each_run(context + ", " + algorithm_name(algorithm), [&](Isa isa, const ThreadPool& pool) {
+      const Memory values(element, shape, strides);
+      const Memory taps(tap_element, shape, strides);
+      const bool with_taps = random.chance(80);
+      conv2d_relu_max_pool2d_forward(p, plan_block_forward(p, algorithm, isa, pool.threads), pool,
+                                     input.data(), weight.data(), bias_data, values.data(),
+                                     with_taps ? taps.data() : nullptr);
+      expect_holds(values, pooled.values, "output");
+      if (with_taps) expect_block_taps(p.pool, taps, pooled);
+    });
+  }
+  for_each_run(context, [&](Isa isa, const ThreadPool& pool) {
     const Memory values(element, shape, strides);
     const Memory taps(tap_element, shape, strides);
-    const bool with_taps = random.chance(80);
-    conv2d_relu_max_pool2d_forward(p, isa, pool, input.data(), weight.data(),
-                                   with_bias ? bias.data() : nullptr, values.data(),
-                                   with_taps ? taps.data() : nullptr);
+    conv2d_relu_max_pool2d_forward(p, isa, pool, input.data(), weight.data(), bias_data,
+                                   values.data(), taps.data());
     expect_holds(values, pooled.values, "output");
-    if (with_taps) expect_block_taps(p.pool, taps, pooled);
+    expect_block_taps(p.pool, taps, pooled);
     const GradientMemory to(random, element, tensors);
     conv2d_relu_max_pool2d_backward(p, isa, pool, grad_out.data(), input.data(), weight.data(),
                                     output.data(), argmax.data(), to.input_data(), to.weight_data(),

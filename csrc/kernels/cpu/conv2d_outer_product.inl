@@ -16,8 +16,11 @@
 
 #include "kernels/cpu/outer_product_pass.inl"
 
-// Pixels of one sum of the weight gradient, before it goes to the totals.
+// Pixels of one sum of the weight gradient, before it goes to the totals, and of
+// a chain in it: shorter than elsewhere, since there is one chain a sum, where
+// dot products have one in every lane.
 constexpr int64_t kPixelsPerSum = 1024;
+constexpr int64_t kPixelsPerChain = 32;
 
 // Where the results of the tiles go.
 template <class A>
@@ -334,7 +337,7 @@ __attribute__((noinline)) void outer_product_pairs(const A* source,
     from[p] = source + pairs[static_cast<size_t>(first + std::min<int64_t>(p, count - 1))];
   }
   Vec<A> total[P][KV];
-  outer_product_tile(from, steps, v, total);
+  outer_product_tile<A, KV, P, kPixelsPerChain>(from, steps, v, total);
   for (int64_t p = 0; p < count; ++p) {
     A values[KV * lanes];
     for (int w = 0; w < KV; ++w) store(values + w * lanes, total[p][w]);

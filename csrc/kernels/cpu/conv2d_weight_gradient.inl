@@ -4,9 +4,10 @@
 // KB output channels by TB (input channel, tap) pairs of sums live in
 // registers, each a vector over output columns; a step loads KB gradient and TB
 // source vectors for KB*TB multiply-adds, without a broadcast. 4x3 sums and
-// their operands are what 16 registers hold. Lanes are summed once
-// in about kStepsPerSum steps, over rows and images: often enough to keep
-// float's chains short, seldom enough not to cost.
+// their operands are what 16 registers hold. Lanes are summed every
+// kStepsPerSum steps, over rows and images: often enough to keep float's chains
+// short, seldom enough not to cost. Narrow vectors hold fewer chains, which have
+// to be shorter, and cost less to sum.
 //
 // A task owns its gradient elements over all images, so that the sum has one
 // order whatever the number of threads, and nothing needs to be reduced.
@@ -16,16 +17,17 @@
 
 constexpr int kGradientChannels = 4;
 constexpr int kGradientTaps = 3;
-constexpr int64_t kStepsPerSum = 128;
+constexpr int64_t kStepsPerSum = 2 * CNNK_VECTOR_BYTES;
 
-// The packed images that one lane sum runs over.
+// The rows of packed images that one lane sum runs over.
 template <class A>
 struct PackedImages {
   const A* gradient;  // of the tile's first output channel
   int64_t gradient_image, gradient_plane, gradient_pitch;
   const A* planes;
   int64_t source_image, source_pitch;
-  int64_t images, rows, columns;
+  int64_t row_begin, row_end;  // over all images
+  int64_t rows, columns;       // of an image
 };
 
 // Sums for KB channels and TB taps, added to `sums` [channel][tap] with the row
@@ -42,7 +44,7 @@ void weight_gradient_tile(const PackedImages<A>& packed, const int64_t* offsets,
   for (int k = 0; k < KB; ++k) {
     for (int t = 0; t < TB; ++t) sum[k][t] = Vec<A>{};
   }
-  for (int64_t row = 0; row < packed.images * packed.rows; ++row) {
+  for (int64_t row = packed.row_begin; row < packed.row_end; ++row) {
     const int64_t image = row / packed.rows;
     const int64_t y = row - image * packed.rows;
     const A* const gradient_row =
@@ -134,8 +136,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const int64_t c_blocks = ceil_div(group_in, c_block);
   const int64_t tasks = problem.groups * k_blocks * c_blocks;
   const int64_t sums_row = group_in * kernel;
-  const int64_t steps_per_image = problem.out_height * (packed_out.row_length / kLanes<A>);
-  const int64_t images_per_sum = std::max<int64_t>(1, kStepsPerSum / steps_per_image);
+  const int64_t rows_per_sum =
+      std::max<int64_t>(1, kStepsPerSum / ceil_div(problem.out_width, kLanes<A>));
 
   const PlaneSource in_source =
       plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
@@ -185,18 +187,19 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         }
         const int64_t k = group * group_out + k0;
         const int64_t channels = std::min<int64_t>(kGradientChannels, group_out - k0);
-        for (int64_t image = 0; image < images; image += images_per_sum) {
-          const PackedImages<A> summed = {
-              packed_gradient + image * out_image + k * packed_out.plane(),
-              out_image,
-              packed_out.plane(),
-              packed_out.pitch(),
-              packed_source + image * in_image,
-              in_image,
-              problem.stride_h * packed_in.pitch(),
-              std::min(images_per_sum, images - image),
-              problem.out_height,
-              problem.out_width};
+        const int64_t rows = images * problem.out_height;
+        for (int64_t row = 0; row < rows; row += rows_per_sum) {
+          const PackedImages<A> summed = {packed_gradient + k * packed_out.plane(),
+                                          out_image,
+                                          packed_out.plane(),
+                                          packed_out.pitch(),
+                                          packed_source,
+                                          in_image,
+                                          problem.stride_h * packed_in.pitch(),
+                                          row,
+                                          std::min(rows, row + rows_per_sum),
+                                          problem.out_height,
+                                          problem.out_width};
           double* const to = sums + k * sums_row + c0 * kernel;
           const auto run = [&](auto channels_at_once) {
             weight_gradient_taps<A, decltype(channels_at_once)::value>(summed, offsets, to,

@@ -49,10 +49,11 @@ CNNK_INLINE void outer_product_sum(const A* const (&source)[P], const OuterProdu
   }
 }
 
-template <class A, int KV, int P>
+// total[p][v] = the products of all steps, summed in chains of SumLength.
+template <class A, int KV, int P, int64_t SumLength = kSumLength>
 CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProductSteps<A>& steps,
                                     int64_t first_vector, Vec<A> (&total)[P][KV]) {
-  if (steps.count <= kSumLength) {
+  if (steps.count <= SumLength) {
     outer_product_sum(source, steps, first_vector, 0, steps.count, total);
     return;
   }
@@ -61,9 +62,9 @@ CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProd
 #pragma GCC unroll 4
     for (int v = 0; v < KV; ++v) total[p][v] = Vec<A>{};
   }
-  for (int64_t begin = 0; begin < steps.count; begin += kSumLength) {
+  for (int64_t begin = 0; begin < steps.count; begin += SumLength) {
     Vec<A> sum[P][KV];
-    outer_product_sum(source, steps, first_vector, begin, std::min(steps.count, begin + kSumLength),
+    outer_product_sum(source, steps, first_vector, begin, std::min(steps.count, begin + SumLength),
                       sum);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
