@@ -3,7 +3,6 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -107,8 +106,8 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
   const at::MemoryFormat format = memory_format(problem.layout);
   const at::Tensor source = images.contiguous(format);
   const at::Tensor output =
-      at::empty({problem.batch, problem.out_channels, problem.out_height, problem.out_width},
-                input.options(), format);
+      empty_cpu({problem.batch, problem.out_channels, problem.out_height, problem.out_width},
+                input.scalar_type(), format);
   const at::Tensor bias_values = has_value(bias) ? bias->contiguous() : at::Tensor();
   if (problem.batch > 0) {
     count(kernel_calls().conv2d);
@@ -153,11 +152,11 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const at::Tensor weight_values = weight.contiguous(format);
 
   at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) grad_input = at::empty(images.sizes(), input.options(), format);
+  if (output_mask[0]) grad_input = empty_cpu(images.sizes(), input.scalar_type(), format);
   if (output_mask[1]) {
-    grad_weight = at::empty(weight.sizes(), weight.options(), format);
+    grad_weight = empty_cpu(weight.sizes(), weight.scalar_type(), format);
   }
-  if (output_mask[2]) grad_bias = at::empty({problem.out_channels}, weight.options());
+  if (output_mask[2]) grad_bias = empty_cpu({problem.out_channels}, weight.scalar_type());
   if (problem.batch == 0) {
     if (output_mask[1]) grad_weight.zero_();
     if (output_mask[2]) grad_bias.zero_();

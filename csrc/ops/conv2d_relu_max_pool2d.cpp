@@ -1,7 +1,6 @@
 // The fused block as one operator, and its backward through the winners. Its
 // derivatives: autograd.cpp.
 #include <ATen/ops/conv2d.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/relu.h>
 #include <torch/library.h>
@@ -150,12 +149,11 @@ ops::TensorPair run(const at::Tensor& input, const at::Tensor& weight,
   const at::MemoryFormat format = memory_format(problem.conv.layout);
   const at::Tensor source = images.contiguous(format);
   const at::Tensor bias_values = has_value(bias) ? bias->contiguous() : at::Tensor();
-  const at::Tensor output = at::empty(output_size(problem.pool), input.options(), format);
+  const at::Tensor output = empty_cpu(output_size(problem.pool), input.scalar_type(), format);
   at::Tensor argmax;
   if (with_argmax) {
-    argmax = at::empty(output_size(problem.pool),
-                       input.options().dtype(problem.pool.compact_argmax() ? at::kByte : at::kInt),
-                       format);
+    argmax = empty_cpu(output_size(problem.pool),
+                       problem.pool.compact_argmax() ? at::kByte : at::kInt, format);
   }
   if (problem.conv.batch > 0) {
     count(kernel_calls().conv2d_relu_max_pool2d);
@@ -231,9 +229,9 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const at::MemoryFormat format = memory_format(problem.conv.layout);
   const at::Tensor weight_values = weight.contiguous(format);
   at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) grad_input = at::empty(images.sizes(), input.options(), format);
-  if (output_mask[1]) grad_weight = at::empty(weight.sizes(), weight.options(), format);
-  if (output_mask[2]) grad_bias = at::empty({problem.conv.out_channels}, weight.options());
+  if (output_mask[0]) grad_input = empty_cpu(images.sizes(), input.scalar_type(), format);
+  if (output_mask[1]) grad_weight = empty_cpu(weight.sizes(), weight.scalar_type(), format);
+  if (output_mask[2]) grad_bias = empty_cpu({problem.conv.out_channels}, weight.scalar_type());
   if (problem.conv.batch == 0) {
     if (output_mask[1]) grad_weight.zero_();
     if (output_mask[2]) grad_bias.zero_();

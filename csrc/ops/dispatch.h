@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_native.h>
 
 #include <optional>
 
@@ -16,6 +17,13 @@ bool needs_gradient(const Tensors&... tensors) {
 
 inline bool has_value(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
+}
+
+// at::empty, but not through the dispatcher, which on small tensors costs more
+// than the memory.
+inline at::Tensor empty_cpu(at::IntArrayRef size, at::ScalarType dtype,
+                            at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return at::native::empty_cpu(size, dtype, at::kStrided, at::kCPU, false, format);
 }
 
 // Finds an operator of this library once, with its C++ signature.

@@ -1,6 +1,5 @@
 // max_pool2d, its argmax in one byte, and the operators that follow the argmax.
 // Their derivatives: autograd.cpp.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <torch/library.h>
@@ -100,11 +99,10 @@ at::ScalarType argmax_dtype(const MaxPool2dProblem& problem) {
 ops::TensorPair pool(const at::Tensor& input, const PoolArguments& arguments, bool with_argmax) {
   const Call call = make_call(kOp, input, arguments);
   const at::Tensor source = call.images.contiguous(call.format);
-  const at::Tensor output = at::empty(call.output_size, input.options(), call.format);
+  const at::Tensor output = empty_cpu(call.output_size, input.scalar_type(), call.format);
   at::Tensor argmax;
   if (with_argmax) {
-    argmax =
-        at::empty(call.output_size, input.options().dtype(argmax_dtype(call.problem)), call.format);
+    argmax = empty_cpu(call.output_size, argmax_dtype(call.problem), call.format);
   }
   if (call.problem.batch > 0) {
     count(kernel_calls().max_pool2d);
@@ -145,8 +143,7 @@ ops::TensorPair forward_with_indices(const at::Tensor& input, at::IntArrayRef ke
   }
   const auto [output, argmax] = pool(input, arguments, true);
   const Call call = make_call(kOp, input, arguments);
-  const at::Tensor indices =
-      at::empty(call.output_size, input.options().dtype(at::kLong), call.format);
+  const at::Tensor indices = empty_cpu(call.output_size, at::kLong, call.format);
   if (call.problem.batch > 0) {
     max_pool2d_indices(call.problem, torch_thread_pool(), argmax.const_data_ptr(),
                        static_cast<int64_t*>(indices.mutable_data_ptr()));
@@ -186,7 +183,7 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& argmax,
   const at::MemoryFormat format = memory_format(layout);
   const at::Tensor gradient_values = gradient.contiguous(format);
   const at::Tensor argmax_values = batched(argmax).contiguous(format);
-  const at::Tensor grad_input = at::empty(size, grad_output.options(), format);
+  const at::Tensor grad_input = empty_cpu(size, grad_output.scalar_type(), format);
   if (problem.batch > 0) {
     count(kernel_calls().max_pool2d_backward);
     cnnkernels::max_pool2d_backward(problem, torch_thread_pool(), gradient_values.const_data_ptr(),
@@ -207,7 +204,7 @@ at::Tensor gather(const at::Tensor& input, const at::Tensor& argmax, at::IntArra
   const at::Tensor argmax_images = argmax.dim() == 3 ? argmax.unsqueeze(0) : argmax;
   call.problem.layout = pool_layout(argmax_images);
   call.format = memory_format(call.problem.layout);
-  const at::Tensor values = at::empty(call.output_size, input.options(), call.format);
+  const at::Tensor values = empty_cpu(call.output_size, input.scalar_type(), call.format);
   check_argmax(op, argmax_images, values, call.problem);
   const at::Tensor source = call.images.contiguous(call.format);
   const at::Tensor argmax_values = argmax_images.contiguous(call.format);
