@@ -63,8 +63,8 @@ struct Pass {
 
 // Estimates of the cycles that an image takes, of which only the comparison
 // matters. A multiply-add of vectors costs half a cycle and somewhat more for
-// what surrounds it; storing costs by the vector. Fitted to measurements of an
-// AVX2 machine (docs/performance.md).
+// what surrounds it; storing costs by the vector. The factors are fitted to
+// measurements of an AVX2 machine.
 double direct_cost(const Pass& pass, Layout layout, int64_t lanes) {
   const double vectors =
       static_cast<double>(pass.channels * pass.rows * ceil_div(pass.columns, lanes));
