@@ -49,13 +49,22 @@ def _default() -> Operators:
         raise type(error)(f"CNNKERNELS_BACKEND={name}: {error}") from None
 
 
+class _Block:
+    """One entered block; compared by identity."""
+
+    def __init__(self, operators: Operators) -> None:
+        self.operators = operators
+
+
+_DEFAULT = _default()
 _eager: ContextVar[Operators] = ContextVar(
     "cnnkernels_backend",
-    default=_default(),  # noqa: B039  a module of functions, which nobody changes
+    default=_DEFAULT,  # noqa: B039  a module of functions, which nobody changes
 )
 # A graph compiler can guard on a module's global, but not on a context variable: this is the
-# choice made last in any thread.
-_captured: Operators = _eager.get()
+# choice of the block entered last, in any thread, of those that are still open.
+_captured: Operators = _DEFAULT
+_open_blocks: list[_Block] = []
 
 
 def current() -> Operators:
@@ -86,16 +95,26 @@ def get_backend() -> str:
     return "native" if native_library() is not None else "torch"
 
 
+def _choose_captured() -> None:
+    global _captured
+    try:
+        _captured = _open_blocks[-1].operators
+    except IndexError:
+        _captured = _DEFAULT
+
+
 @contextlib.contextmanager
 def using(operators: Operators) -> Iterator[None]:
     """Makes these the operators of the current context inside the block."""
-    global _captured
-    token, previous = _eager.set(operators), _captured
-    _captured = operators
+    token, block = _eager.set(operators), _Block(operators)
+    _open_blocks.append(block)
+    _choose_captured()
     try:
         yield
     finally:
-        _captured = previous
+        # Blocks of other threads may have been entered since: this is not always the last.
+        _open_blocks.remove(block)
+        _choose_captured()
         _eager.reset(token)
 
 

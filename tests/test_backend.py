@@ -17,7 +17,16 @@ from conftest import BACKENDS
 from torch.nn import functional as F
 
 import cnnkernels
-from cnnkernels import _native, explain, functional, get_backend, nn, show_config, use_backend
+from cnnkernels import (
+    _backend,
+    _native,
+    explain,
+    functional,
+    get_backend,
+    nn,
+    show_config,
+    use_backend,
+)
 from cnnkernels.__main__ import main
 
 IMAGE, WEIGHT = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3)
@@ -82,6 +91,29 @@ def test_a_choice_holds_for_its_thread() -> None:
         thread.start()
         thread.join()
     assert seen == [BACKENDS[0]]
+
+
+def test_blocks_that_overlap_in_two_threads() -> None:
+    """Compilers read one choice for all threads: of the blocks open, that entered last."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def enter_and_leave() -> None:
+        with use_backend("torch"):
+            entered.set()
+            leave.wait()
+
+    default = _backend._captured
+    thread = threading.Thread(target=enter_and_leave)
+    thread.start()
+    entered.wait()
+    in_thread = _backend._captured
+    with use_backend(BACKENDS[0]):
+        assert _backend._captured is default
+        leave.set()
+        thread.join()
+        assert _backend._captured is default
+    assert _backend._captured is default
+    assert (in_thread is default) == (BACKENDS[0] == "torch")
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "Native", None])
@@ -218,6 +250,18 @@ def test_environment_cannot_force_a_library_that_is_not_there(tmp_path: Path) ->
     assert result.returncode != 0
     assert "CNNKERNELS_BACKEND=native: the native backend is not available" in result.stderr
     assert "no C++ compiler was found" in result.stderr
+
+
+@pytest.mark.skipif(BACKENDS[0] == "torch", reason="needs the compiled library")
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("Baseline", "baseline"), ("sse9", "CNNKERNELS_CPU_ISA=sse9 is not an instruction set")],
+)
+def test_environment_chooses_the_instruction_set(name: str, shown: str) -> None:
+    code = "import cnnkernels; print(cnnkernels.show_config())"
+    result = python(code, SOURCE.parent, CNNKERNELS_CPU_ISA=name)
+    (row,) = [row for row in result.stdout.splitlines() if row.startswith("instruction set")]
+    assert shown in row
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

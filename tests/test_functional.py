@@ -327,6 +327,13 @@ def assert_same_error(ours: Any, theirs: Any, args: Any, kwargs: Any) -> None:
         ours(*args, **kwargs)
 
 
+@pytest.mark.parametrize("size", [2**64, (2**64, 1), [1, -(2**64)]])
+def test_ints_over_64_bits_raise_what_torch_raises(size: Any) -> None:
+    image, weight = _image(1, 3, 5, 5), _image(2, 3, 3, 3)
+    assert_same_error(functional.conv2d, F.conv2d, (image, weight, None, size), {})
+    assert_same_error(functional.max_pool2d, F.max_pool2d, (image, size), {})
+
+
 @pytest.mark.parametrize("case", BAD_CONVOLUTIONS)
 def test_bad_convolutions_raise_what_torch_raises(case: str) -> None:
     assert_same_error(functional.conv2d, F.conv2d, *BAD_CONVOLUTIONS[case])

@@ -51,6 +51,7 @@ struct InputPosition {
 class WinnerPositions {
  public:
   explicit WinnerPositions(const MaxPool2dProblem& problem) : problem_(problem) {
+    taps_.reserve(static_cast<size_t>(problem.window()));
     for (int64_t r = 0; r < problem.kernel_height; ++r) {
       for (int64_t s = 0; s < problem.kernel_width; ++s) {
         taps_.push_back(

@@ -32,7 +32,7 @@ template <class Derived, class Arguments, size_t kInputs, size_t kSaved>
 class SavingNode : public torch::autograd::Node {
  public:
   struct Call {
-    Arguments arguments;
+    const Arguments& arguments;
     std::array<at::Tensor, kSaved> saved;
     std::array<bool, kInputs> wanted;
   };
@@ -102,9 +102,10 @@ class SavingNode : public torch::autograd::Node {
   static variable_list traced(const variable_list& gradients,
                               const std::vector<c10::IValue>& values) {
     torch::dynamo::autograd::PackedArgs packed(values);
-    Call call;
+    Arguments arguments;
+    Call call{arguments, {}, {}};
     for (at::Tensor& tensor : call.saved) tensor = packed.unpack<at::Tensor>();
-    Arguments::each_key(call.arguments,
+    Arguments::each_key(arguments,
                         [&](auto& key) { key = packed.unpack<std::decay_t<decltype(key)>>(); });
     call.wanted = packed.unpack<std::array<bool, kInputs>>();
     return Derived::backward(call, gradients);

@@ -1,5 +1,6 @@
 // max_pool2d, its argmax in one byte, and the operators that follow the argmax.
 // Their derivatives: autograd.cpp.
+#include <ATen/core/DimVector.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <torch/library.h>
@@ -161,7 +162,7 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& argmax,
   const std::string reason = not_native(grad_output);
   TORCH_CHECK(reason.empty(), op, ": no native kernel for this grad_output: ", reason);
   check_input_dimensions(op, grad_output);
-  std::vector<int64_t> size;
+  at::DimVector size;
   for (const c10::SymInt& extent : input_size) size.push_back(extent.guard_int(__FILE__, __LINE__));
   TORCH_CHECK(static_cast<int64_t>(size.size()) == grad_output.dim(), op, ": input_size must have ",
               grad_output.dim(), " dimensions, but got ", size.size());

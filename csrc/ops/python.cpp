@@ -31,15 +31,19 @@ std::optional<at::Tensor> optional_tensor(const char* op, const char* name, py::
   return tensor_argument(op, name, value);
 }
 
-int64_t int_argument(const char* op, const char* name, py::handle value) {
+// `entry` counts from one the entries of a sequence, and is zero for an int of its own: torch's
+// error for a number over 64 bits is a TypeError in a sequence and a ValueError outside.
+int64_t int_argument(const char* op, const char* name, py::handle value, Py_ssize_t entry = 0) {
   if (!PyIndex_Check(value.ptr()) || PyBool_Check(value.ptr())) {
     bad_type(op, name, "int or a tuple of ints", value);
   }
   const Py_ssize_t number = PyNumber_AsSsize_t(value.ptr(), PyExc_OverflowError);
   if (number == -1 && PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    throw py::value_error(std::string(op) + "(): argument '" + name +
-                          "' overflows 64 bits: " + std::string(py::str(value)));
+    const std::string sentence = std::string(op) + "(): argument '" + name +
+                                 "' overflows 64 bits: " + std::string(py::str(value));
+    if (entry == 0) throw py::value_error(sentence);
+    throw py::type_error(sentence + " at position " + std::to_string(entry));
   }
   return number;
 }
@@ -62,7 +66,7 @@ class PairArgument {
       }
       size_ = static_cast<size_t>(size);
       for (size_t i = 0; i < size_; ++i) {
-        values_[i] = int_argument(op, name, PySequence_Fast_GET_ITEM(value.ptr(), i));
+        values_[i] = int_argument(op, name, PySequence_Fast_GET_ITEM(value.ptr(), i), i + 1);
       }
     } else {
       values_[0] = values_[1] = int_argument(op, name, value);

@@ -1,7 +1,9 @@
 #include "kernels/cpu/isa.h"
 
 #include <atomic>
+#include <cctype>
 #include <cstdlib>
+#include <string>
 
 namespace cnnkernels {
 
@@ -39,10 +41,13 @@ IsaChoice choose_isa(const char* forced) {
   const std::vector<Isa> isas = supported_isas();
   const Isa best = isas.back();
   if (forced == nullptr || *forced == '\0') return {best, ""};
+  std::string name(forced);
+  for (char& letter : name)
+    letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
   for (const Isa isa : isas) {
-    if (std::string(forced) == isa_name(isa)) return {isa, ""};
+    if (name == isa_name(isa)) return {isa, ""};
   }
-  const bool known = std::string(forced) == "avx2" || std::string(forced) == "avx512";
+  const bool known = name == isa_name(Isa::avx2) || name == isa_name(Isa::avx512);
   return {best, "CNNKERNELS_CPU_ISA=" + std::string(forced) +
                     (known ? " is not supported by this machine" : " is not an instruction set") +
                     "; running on " + isa_name(best)};
