@@ -59,7 +59,7 @@ class _Block:
 _DEFAULT = _default()
 _eager: ContextVar[Operators] = ContextVar(
     "cnnkernels_backend",
-    default=_DEFAULT,  # noqa: B039  a module of functions, which nobody changes
+    default=_DEFAULT,
 )
 # A graph compiler can guard on a module's global, but not on a context variable: this is the
 # choice of the block entered last, in any thread, of those that are still open.
