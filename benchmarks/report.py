@@ -36,7 +36,8 @@ Environment = dict[str, str | int]
 class Summary:
     """Geometric means over the rows that share suite, batch, mode and number of threads.
 
-    ``delegated`` counts the rows of the mean that were left to ATen, wholly or in part.
+    ``delegated`` counts the rows of the mean that were left to ATen, wholly or in part, and
+    ``disturbed`` those that other programs interrupted.
     """
 
     suite: str
@@ -45,6 +46,7 @@ class Summary:
     threads: int
     rows: int
     delegated: int
+    disturbed: int
     ratio: float
     same_layout_ratio: float
 
@@ -59,6 +61,7 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
             *key,
             rows=len(group),
             delegated=sum(not row.native for row in group),
+            disturbed=sum(row.disturbed for row in group),
             ratio=geometric_mean([row.ratio.median for row in group]),
             same_layout_ratio=geometric_mean([row.same_layout_ratio.median for row in group]),
         )
@@ -154,7 +157,7 @@ def _summary_cells(summary: Summary) -> list[str | Text]:
         _batch(summary.batch),
         _pass(summary.mode),
         _ratio(summary.ratio),
-        "",
+        Text(f"{summary.disturbed}/{summary.rows} !", "yellow") if summary.disturbed else "",
         _ratio(summary.same_layout_ratio),
         "",
         f"{summary.delegated}/{summary.rows} aten" if summary.delegated else "",

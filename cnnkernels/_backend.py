@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol, cast
 
 from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -77,9 +78,17 @@ def current() -> Operators:
     if operators is _native.library and (
         _are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
+        if _functionalizes():
+            return operators  # autograd Functions have no rule for it
         # Derivatives written in C++ refuse both of these.
         return cast(Operators, _transforms)
     return operators
+
+
+def _functionalizes() -> bool:
+    """Whether the innermost transform is torch.func.functionalize."""
+    interpreter = peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == TransformType.Functionalize
 
 
 def native_library() -> Any | None:

@@ -10,14 +10,13 @@ import importlib
 import importlib.util
 import json
 import re
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-# What the kernels compute; the library passes other dtypes on to torch.
-KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 _REBUILD = (
     "rebuild it with `pip install --force-reinstall --no-deps --no-build-isolation <source>`, "
@@ -54,6 +53,8 @@ def _load(info: dict[str, Any]) -> tuple[ModuleType | None, str]:
 
 build_info = _read_build_info(Path(__file__).with_name("_build_info.json"))
 library, reason = _load(build_info)
+if library is not None and library.config().get("isa_note"):
+    warnings.warn(library.config()["isa_note"], RuntimeWarning, stacklevel=2)
 
 
 def is_native_available() -> bool:

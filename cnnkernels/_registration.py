@@ -80,7 +80,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         fallback.conv2d_relu_max_pool2d_argmax,
     ),
     "conv2d_relu_max_pool2d_backward": (
-        "(Tensor grad_output, Tensor input, Tensor weight, Tensor output, Tensor argmax, "
+        "(Tensor grad_output, Tensor input, Tensor weight, Tensor argmax, "
         f"{_BLOCK_GEOMETRY}, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
         fallback.conv2d_relu_max_pool2d_backward,
     ),
@@ -129,7 +129,7 @@ def _complete() -> None:
             ops.conv2d_relu_max_pool2d_argmax, images=(0,)
         ),
         "conv2d_relu_max_pool2d_backward": _vmap.conv_backward_rule(
-            ops.conv2d_relu_max_pool2d_backward, images=(0, 1, 3, 4)
+            ops.conv2d_relu_max_pool2d_backward, images=(0, 1, 3)
         ),
     }.items():
         torch.library.register_vmap(f"cnnkernels::{name}", rule)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnnkernels import fallback
-from cnnkernels._native import KERNEL_DTYPES
-from cnnkernels._shapes import Size2, pair, resolve_padding
+from cnnkernels import _native, fallback
+from cnnkernels._shapes import resolve_padding
 from cnnkernels.autograd import (
     Conv2dFunction,
     Conv2dReLUMaxPool2dFunction,
@@ -36,12 +35,16 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
     ]
 
 
-def _kernels_pool(input: Tensor, dilation: Size2) -> bool:
-    """Whether the pooling operators with argmax, which only the kernels have, take this input.
+def _kernels_pool(input: Tensor, *pool: Any) -> bool:
+    """Whether the pooling operators with argmax, which only the kernels have, take this input."""
+    library = _native.library
+    return library is not None and not library.max_pool2d_reason(input, *pool)
 
-    A dilated window may lie in the padding alone; then there is no winner to number.
-    """
-    return input.is_cpu and input.dtype in KERNEL_DTYPES and pair(dilation) == (1, 1)
+
+def _kernels_take_block(*args: Any) -> bool:
+    """The same for the block."""
+    library = _native.library
+    return library is not None and not library.conv2d_relu_max_pool2d_reason(*args)
 
 
 def conv2d(
@@ -62,7 +65,7 @@ def max_pool2d(
     input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Tensor:
     pool = kernel_size, stride, padding, dilation, ceil_mode
-    if not _kernels_pool(input, dilation):
+    if not _kernels_pool(input, *pool):
         return fallback.max_pool2d(input, *pool)
     return MaxPool2dFunction.apply(input, *pool)
 
@@ -71,7 +74,7 @@ def max_pool2d_with_indices(
     input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
     pool = kernel_size, stride, padding, dilation, ceil_mode
-    if not _kernels_pool(input, dilation):
+    if not _kernels_pool(input, *pool):
         return fallback.max_pool2d_with_indices(input, *pool)
     output, argmax = MaxPool2dArgmaxFunction.apply(input, *pool)
     width = input.shape[-1]
@@ -94,9 +97,9 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     conv = stride, padding, dilation, groups
     pool = pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode
-    if not _kernels_pool(input, pool_dilation):
-        return max_pool2d(F.relu(conv2d(input, weight, bias, *conv)), *pool)
     input, weight, bias = _autocast(input, weight, bias)
+    if not _kernels_take_block(input, weight, bias, *conv, *pool):
+        return max_pool2d(F.relu(conv2d(input, weight, bias, *conv)), *pool)
     input, padding = resolve_padding(input, weight, stride, padding, dilation)
     return Conv2dReLUMaxPool2dFunction.apply(
         input, weight, bias, stride, padding, dilation, groups, *pool

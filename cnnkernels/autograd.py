@@ -218,7 +218,7 @@ class MaxPool2dArgmaxFunction(Function):
 
     ``MaxPool2dArgmaxFunction.apply(input, kernel_size, stride=(), padding=0, dilation=1,
     ceil_mode=False)``; an empty stride is the kernel's size. The argmax is uint8 where the window
-    has up to 256 taps, and it is all that is kept for the backward pass.
+    has up to 255 taps, and it is all that is kept for the backward pass.
     """
 
     @staticmethod
@@ -401,23 +401,23 @@ class Conv2dReLUMaxPool2dArgmaxFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keeps the input, the weight, the pooled output and the argmax."""
+        """Keeps the input, the weight and the argmax."""
         input, weight, _, *arguments = inputs
-        pooled, argmax = output
+        _, argmax = output
         ctx.mark_non_differentiable(argmax)
-        ctx.save_for_backward(input, weight, pooled, argmax)
-        ctx.save_for_forward(input, weight, pooled, argmax)
+        ctx.save_for_backward(input, weight, argmax)
+        ctx.save_for_forward(input, weight, argmax)
         ctx.geometry = tuple(arguments[:4])
         ctx.pool = tuple(arguments[4:])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias, as far as they are needed."""
-        input, weight, pooled, argmax = ctx.saved_tensors
+        input, weight, argmax = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             grad_features = MaxPool2dBackwardFunction.apply(
-                _where_positive(pooled, grad_output),
+                grad_output,
                 argmax,
                 conv2d_output_size(input.shape, weight.shape, *ctx.geometry[:3]),
                 *ctx.pool,
@@ -425,7 +425,7 @@ class Conv2dReLUMaxPool2dArgmaxFunction(Function):
             grads = _conv2d_backward(grad_features, input, weight, ctx.geometry, mask)
         else:
             grads = _ops.conv2d_relu_max_pool2d_backward(
-                grad_output, input, weight, pooled, argmax, *ctx.geometry, *ctx.pool, mask
+                grad_output, input, weight, argmax, *ctx.geometry, *ctx.pool, mask
             )
         return *grads, *(None for _ in ctx.geometry + ctx.pool)
 
@@ -434,12 +434,11 @@ class Conv2dReLUMaxPool2dArgmaxFunction(Function):
         ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None
     ) -> tuple[Tensor | None, None]:
         """The tangent of the output."""
-        input, weight, pooled, argmax = ctx.saved_tensors
+        input, weight, argmax = ctx.saved_tensors
         features_t = _conv2d_jvp(input, weight, ctx.geometry, input_t, weight_t, bias_t)
         if features_t is None:
             return None, None
-        winners_t = MaxPool2dGatherFunction.apply(features_t, argmax, *ctx.pool)
-        return _where_positive(pooled, winners_t), None
+        return MaxPool2dGatherFunction.apply(features_t, argmax, *ctx.pool), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -461,8 +460,3 @@ class Conv2dReLUMaxPool2dFunction(Conv2dReLUMaxPool2dArgmaxFunction):
     def apply(cls, *args: Any, **kwargs: Any) -> Tensor:
         """The pooled output."""
         return Conv2dReLUMaxPool2dArgmaxFunction.apply(*args, **kwargs)[0]
-
-
-def _where_positive(output: Tensor, values: Tensor) -> Tensor:
-    """ReLU's derivative: values where the output is not clipped (NaN is not), 0 elsewhere."""
-    return torch.where(output <= 0, 0, values)

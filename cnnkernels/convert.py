@@ -141,6 +141,10 @@ _FUNCTIONS[torch.nn.functional.max_pool2d_with_indices] = _max_pool2d_with_indic
 _FUNCTIONS[torch._C._nn.max_pool2d_with_indices] = _max_pool2d_with_indices
 
 
+# The arguments of Tensor.backward after the tensor and its gradient, in their order.
+_BACKWARD = ("retain_graph", "create_graph", "inputs")
+
+
 class patch(TorchFunctionMode, contextlib.ContextDecorator):
     """Inside, unmodified code runs on these kernels.
 
@@ -167,4 +171,14 @@ class patch(TorchFunctionMode, contextlib.ContextDecorator):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Replaces the function that is being called where there is a kernel for it."""
-        return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            # Torch leaves the mode for what it calls, but a checkpoint's second forward pass,
+            # which is part of the backward, must run what its first ran.
+            (tensor, gradient), rest = (*args, None)[:2], dict(zip(_BACKWARD, args[2:]))
+            gradient = kwargs.pop("gradient", gradient)
+            with self:
+                return torch.autograd.backward(tensor, gradient, **{**rest, **kwargs})
+        if "out" in kwargs:
+            return func(*args, **kwargs)
+        return _FUNCTIONS.get(func, func)(*args, **kwargs)

@@ -5,7 +5,8 @@ run when there is no compiled library, under ``use_backend("torch")``, and on fa
 they tell the compiler the shapes and memory formats of the compiled operators' results.
 
 In all of them ``argmax`` is the winning tap of each pooling window, numbered row by row inside the
-window (``kh * kernel_width + kw``): uint8 for windows of up to 256 taps, int32 above.
+window (``kh * kernel_width + kw``), or the number of taps where a ReLU clips the winner: uint8 for
+windows of up to 255 taps, int32 above.
 """
 
 from __future__ import annotations
@@ -156,7 +157,13 @@ def max_pool2d_argmax(
     rows, columns = _window_origins(output, kernel_size, stride, padding)
     (kh, kw), (dh, dw), width = pair(kernel_size), pair(dilation), input.shape[-1]
     tap = (indices // width - rows) // dh * kw + (indices % width - columns) // dw
-    return output, tap.to(torch.uint8 if kh * kw <= 256 else torch.int32)
+    return output, tap.to(torch.uint8 if kh * kw < 256 else torch.int32)
+
+
+def _without_winner(argmax: Tensor, kernel_size: Size2) -> Tensor:
+    """Where a ReLU clipped the winner: the argmax is one past the window's last tap."""
+    height, width = pair(kernel_size)
+    return argmax == height * width
 
 
 def max_pool2d_backward(
@@ -173,8 +180,10 @@ def max_pool2d_backward(
 
     The result has argmax's memory format.
     """
+    clipped = _without_winner(argmax, kernel_size)
+    indices = argmax_to_indices(argmax, input_size[-1], kernel_size, stride, padding, dilation)
     return torch.ops.aten.max_pool2d_with_indices_backward(
-        grad_output,
+        torch.where(clipped, 0, grad_output),
         torch.empty(
             input_size,
             dtype=grad_output.dtype,
@@ -186,7 +195,7 @@ def max_pool2d_backward(
         pair(padding),
         pair(dilation),
         ceil_mode,
-        argmax_to_indices(argmax, input_size[-1], kernel_size, stride, padding, dilation),
+        torch.where(clipped, 0, indices),
     )
 
 
@@ -199,13 +208,15 @@ def max_pool2d_gather(
     dilation: Size2 = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Reads input at each window's winner: the adjoint of :func:`max_pool2d_backward`.
+    """Reads input at each window's winner, 0 where there is none: the adjoint of :func:`max_pool2d_backward`.
 
     The result has argmax's memory format.
     """
+    clipped = _without_winner(argmax, kernel_size)
     indices = argmax_to_indices(argmax, input.shape[-1], kernel_size, stride, padding, dilation)
+    indices = torch.where(clipped, 0, indices)
     winners = input.flatten(-2).gather(-1, indices.flatten(-2)).unflatten(-1, argmax.shape[-2:])
-    return winners.contiguous(memory_format=_memory_format(argmax))
+    return torch.where(clipped, 0, winners).contiguous(memory_format=_memory_format(argmax))
 
 
 def conv2d_relu_max_pool2d(
@@ -274,18 +285,22 @@ def conv2d_relu_max_pool2d_argmax(
     pool_dilation: Size2,
     pool_ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`conv2d_relu_max_pool2d` and the winning tap of each pooling window."""
+    """:func:`conv2d_relu_max_pool2d` and the winning tap of each pooling window.
+
+    Where the winner is clipped, the tap is the number of taps.
+    """
     features = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
-    return max_pool2d_argmax(
+    output, argmax = max_pool2d_argmax(
         features, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode
     )
+    height, width = pair(pool_kernel_size)
+    return output, torch.where(output <= 0, height * width, argmax).to(argmax.dtype)
 
 
 def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    output: Tensor,
     argmax: Tensor,
     stride: Size2,
     padding: Size2,
@@ -300,7 +315,7 @@ def conv2d_relu_max_pool2d_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`conv2d_relu_max_pool2d` for input, weight and bias."""
     grad_features = max_pool2d_backward(
-        torch.ops.aten.threshold_backward(grad_output, output, 0),
+        grad_output,
         argmax,
         conv2d_output_size(input.shape, weight.shape, stride, padding, dilation),
         pool_kernel_size,

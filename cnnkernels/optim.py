@@ -23,7 +23,8 @@ __all__ = ["SGD", "SimpleGD"]
 
 
 def _number(value: float | Tensor) -> float:
-    return value.item() if isinstance(value, Tensor) else float(value)
+    # The sum refuses, as torch does, what float() would parse.
+    return value.item() if isinstance(value, Tensor) else 0.0 + value
 
 
 def _observable(step: Callable[..., Any]) -> Callable[..., Any]:

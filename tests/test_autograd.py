@@ -335,7 +335,7 @@ def test_operators_pass_opcheck() -> None:
         (ops.conv2d_relu_max_pool2d_argmax.default, (input, weight, bias, *conv, *pool), {}),
         (
             ops.conv2d_relu_max_pool2d_backward.default,
-            (grad_pooled, channels_last, filters, pooled, winners, *conv, *pool, every),
+            (grad_pooled, channels_last, filters, winners, *conv, *pool, every),
             {},
         ),
     ]:
@@ -345,3 +345,82 @@ def test_operators_pass_opcheck() -> None:
     settings = {"weight_decay": 0.1, "momentum": 0.9, "lr": 0.1, "dampening": 0.0}
     flags = {"nesterov": False, "maximize": False, "is_first_step": False}
     torch.library.opcheck(ops.sgd_step_.default, (params, grads, buffers), {**settings, **flags})
+
+
+@pytest.mark.skipif(BACKENDS == ["torch"], reason="needs the compiled library")
+def test_compiled_autograd_takes_nodes_of_one_kind_and_other_sizes() -> None:
+    weight = torch.randn(2, 2, 3, 3, requires_grad=True)
+
+    def gradient(size: int) -> Tensor:
+        image = torch.ones(size, 2, 12, 12)
+        hidden = functional.conv2d(functional.conv2d(image, weight), weight)
+        hidden = functional.conv2d_relu_max_pool2d(hidden, weight)
+        block = functional.conv2d_relu_max_pool2d(hidden, weight, padding=1)
+        return torch.autograd.grad(block.sum(), weight)[0]
+
+    expected = [gradient(size) for size in (2, 3, 4)]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        compiled = [gradient(size) for size in (2, 3, 4)]
+    torch.testing.assert_close(compiled, expected)
+
+
+@pytest.mark.skipif(BACKENDS == ["torch"], reason="needs the compiled library")
+def test_a_tangent_of_the_bias_is_not_lost() -> None:
+    ops, image = torch.ops.cnnkernels, torch.randn(1, 1, 6, 6)
+    weight, bias = torch.randn(2, 1, 3, 3), torch.randn(2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(bias, torch.ones(2))
+        for operator in (ops.conv2d, ops.conv2d_relu_max_pool2d):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                operator(image, weight, dual)
+
+
+def test_a_second_backward_finds_nothing_saved(backend: str) -> None:
+    image, weight = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3, requires_grad=True)
+    for output in (
+        functional.conv2d(image, weight),
+        functional.max_pool2d(weight, 2),
+        functional.conv2d_relu_max_pool2d(image, weight),
+    ):
+        output.sum().backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            output.sum().backward()
+
+
+def test_transforms_leave_what_no_kernel_takes_to_torch(backend: str) -> None:
+    image, weight = torch.randn(1, 1, 300, 300), torch.randn(2, 1, 3, 3)
+
+    def pooled(x: Tensor) -> Tensor:
+        return functional.max_pool2d(x, 300).sum()
+
+    def block(x: Tensor) -> Tensor:
+        return functional.conv2d_relu_max_pool2d(x, weight, padding=(0, 1100)).sum()
+
+    ours = torch.func.grad(pooled)(image)
+    torch.testing.assert_close(ours, torch.func.grad(lambda x: F.max_pool2d(x, 300).sum())(image))
+    small = image[..., :20, :20]
+
+    def composed(x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(F.conv2d(x, weight, padding=(0, 1100))), 2).sum()
+
+    torch.testing.assert_close(torch.func.grad(block)(small), torch.func.grad(composed)(small))
+
+
+def test_functionalize(backend: str) -> None:
+    image, weight = torch.randn(1, 1, 8, 8), torch.randn(2, 1, 3, 3)
+    output = torch.func.functionalize(functional.conv2d)(image, weight)
+    torch.testing.assert_close(output, F.conv2d(image, weight))
+    assert torch.func.functionalize(functional.max_pool2d)(image, 2).shape == (1, 1, 4, 4)
+
+
+def test_export_of_a_dilated_pool_with_a_dynamic_height() -> None:
+    class Pool(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.max_pool2d(x, 2, dilation=2)
+
+    height = torch.export.Dim("height", min=8, max=64)
+    exported = torch.export.export(
+        Pool(), (torch.randn(1, 2, 16, 16),), dynamic_shapes={"x": {2: height}}
+    )
+    image = torch.randn(1, 2, 20, 16)
+    torch.testing.assert_close(exported.module()(image), F.max_pool2d(image, 2, dilation=2))

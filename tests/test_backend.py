@@ -255,7 +255,10 @@ def test_environment_cannot_force_a_library_that_is_not_there(tmp_path: Path) ->
 @pytest.mark.skipif(BACKENDS[0] == "torch", reason="needs the compiled library")
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("Baseline", "baseline (available"), ("sse9", "CNNKERNELS_CPU_ISA=sse9 is not an instruction set")],
+    [
+        ("Baseline", "baseline (available"),
+        ("sse9", "CNNKERNELS_CPU_ISA=sse9 is not an instruction set"),
+    ],
 )
 def test_environment_chooses_the_instruction_set(name: str, shown: str) -> None:
     code = "import cnnkernels; print(cnnkernels.show_config())"

@@ -194,3 +194,78 @@ def test_gradient_of_a_zero_output_is_zero() -> None:
     output.backward(torch.ones_like(output))
     assert input.grad is not None
     assert input.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5, inplace=True), nn.Hardtanh(inplace=True)])
+def test_the_output_may_be_changed_in_place(backend: str, module: nn.Module) -> None:
+    image, weight = torch.randn(2, 1, 10, 10), torch.randn(3, 1, 3, 3, requires_grad=True)
+    gradients = []
+    for block in (functional.conv2d_relu_max_pool2d, torch_block):
+        torch.manual_seed(1)
+        output = module(block(image, weight, None))
+        output += 1
+        gradients.append(torch.autograd.grad(output.sum(), weight)[0])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "pool"), [(32, 2), (31, 3)])
+def test_16_bit_gradients_go_to_the_winners_of_the_three_operators(
+    dtype: torch.dtype, size: int, pool: int
+) -> None:
+    image = torch.randn(8, 3, size, size, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(8, 3, 3, 3) / 5).to(dtype).requires_grad_()
+
+    def three(image: Tensor, weight: Tensor) -> Tensor:
+        return functional.max_pool2d(functional.conv2d(image, weight).relu(), pool)
+
+    def block(image: Tensor, weight: Tensor) -> Tensor:
+        return functional.conv2d_relu_max_pool2d(image, weight, pool_kernel_size=pool)
+
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        values, gradients = [], []
+        for function in (three, block):
+            output = function(image.contiguous(memory_format=memory_format), weight)
+            values.append(output)
+            gradients.append(torch.autograd.grad(output.float().sum(), (image, weight)))
+        assert torch.equal(*values)
+        for expected, actual in zip(*gradients, strict=True):
+            difference = (expected.float() - actual.float()).norm() / expected.float().norm()
+            assert difference < torch.finfo(dtype).eps
+
+
+def test_sums_over_many_winners_are_as_close_as_torch(backend: str) -> None:
+    """Gradients of one sign, where the rounding of a long sum shows; on a grid without ties."""
+    image = torch.randint(0, 64, (1, 1, 224, 224)) / 64.0
+    weight = torch.randint(1, 9, (4, 1, 3, 3)) / 8.0
+    bias, gradient = torch.zeros(4), torch.rand(1, 4, 111, 111)
+
+    def errors(block: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (weight, bias)]
+        output = block(image.to(dtype), *leaves)
+        return list(torch.autograd.grad(output, leaves, gradient.to(dtype)))
+
+    judge = errors(torch_block, torch.float64)
+    for mine, theirs, exact in zip(
+        errors(functional.conv2d_relu_max_pool2d), errors(torch_block), judge, strict=True
+    ):
+        ours, peer = ((t.double() - exact).norm() / exact.norm() for t in (mine, theirs))
+        assert ours <= max(2 * peer, torch.finfo(torch.float32).eps / 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pool_stride", 0),
+        ("pool_padding", 5),
+        ("pool_kernel_size", 0),
+        ("pool_dilation", 0),
+        ("stride", 0),
+        ("padding", -1),
+    ],
+)
+def test_errors_name_the_argument_and_the_value(name: str, value: int) -> None:
+    with pytest.raises(RuntimeError, match=rf"\b{name}\b.*{value}"):
+        functional.conv2d_relu_max_pool2d(
+            torch.ones(1, 1, 9, 9), torch.ones(1, 1, 3, 3), **{name: value}
+        )

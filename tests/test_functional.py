@@ -435,3 +435,20 @@ def test_export() -> None:
     program = torch.export.export(Net(), args, dynamic_shapes=({0: batch}, None))
     input = torch.randn(5, 2, 6, 6)
     torch.testing.assert_close(program.module()(input, args[1]), Net()(input, args[1]))
+
+
+def test_a_tensor_without_its_storage(backend: str) -> None:
+    image, weight = torch.randn(1, 1, 9, 9), torch.randn(2, 1, 3, 3)
+    image.untyped_storage().resize_(0)
+    for call in (
+        lambda: functional.conv2d(image, weight),
+        lambda: functional.max_pool2d(image, 2),
+        lambda: functional.conv2d_relu_max_pool2d(image, weight),
+    ):
+        with pytest.raises(RuntimeError, match="not allocated"):
+            call()
+
+
+def test_arrays_are_no_ints() -> None:
+    with pytest.raises(TypeError, match="stride"):
+        functional.conv2d(_image(1, 1, 5, 5), _image(1, 1, 2, 2), stride=np.array([1, 2]))

@@ -197,3 +197,19 @@ def test_a_gradient_that_cannot_be_cast_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match=r"grads\[1\]"):
         torch.ops.cnnkernels.gd_step_(params, grads, 0.5)
     assert params[0].eq(1).all()
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    params = [torch.ones(2, dtype=torch.complex64), torch.ones(2), torch.ones(2, dtype=torch.int64)]
+    with pytest.raises(RuntimeError):
+        torch.ops.cnnkernels.gd_step_(params, [torch.ones_like(p) for p in params], 0.5)
+    if BACKENDS[0] == "native":
+        assert all(torch.equal(p, torch.ones_like(p)) and p._version == 0 for p in params)
+
+
+def test_inference_tensors_change_in_inference_mode_only(backend: str) -> None:
+    with torch.inference_mode():
+        param, grad = torch.ones(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="[Ii]nference"):
+        torch.ops.cnnkernels.gd_step_([param], [grad], 0.5)
+    assert torch.equal(param, torch.ones(3))

@@ -415,3 +415,14 @@ def test_simple_gd_minimises_x_squared() -> None:
         (x**2).sum().backward()
         optimizer.step()
     assert x.item() == pytest.approx(0.8**50)
+
+
+@pytest.mark.parametrize("optimizer", [optim.SGD, optim.SimpleGD])
+def test_a_learning_rate_is_a_number(optimizer: Any) -> None:
+    param = torch.ones(2, requires_grad=True)
+    ours = optimizer([param], lr=0.1)
+    param.grad = torch.ones(2)
+    ours.param_groups[0]["lr"] = "0.1"
+    with pytest.raises(TypeError):
+        ours.step()
+    assert torch.equal(param, torch.ones(2))

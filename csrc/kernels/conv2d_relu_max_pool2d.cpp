@@ -71,11 +71,10 @@ void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem, I
 
 void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
                                      const ThreadPool& pool, const void* grad_output,
-                                     const void* input, const void* weight, const void* output,
-                                     const void* argmax, void* grad_input, void* grad_weight,
-                                     void* grad_bias) {
-  conv2d_relu_max_pool2d_winners_backward(problem, isa, pool, grad_output, input, weight, output,
-                                          argmax, grad_input, grad_weight, grad_bias);
+                                     const void* input, const void* weight, const void* argmax,
+                                     void* grad_input, void* grad_weight, void* grad_bias) {
+  conv2d_relu_max_pool2d_winners_backward(problem, isa, pool, grad_output, input, weight, argmax,
+                                          grad_input, grad_weight, grad_bias);
 }
 
 }  // namespace cnnkernels

@@ -40,11 +40,11 @@ void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem,
                                     const void* input, const void* weight, const void* bias,
                                     void* output, void* argmax);
 
-// Any of the three gradients may be null. `output` is the pooled output.
+// Any of the three gradients may be null. The
+// argmax is that of the forward pass: windows that the ReLU clips pass none.
 void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
                                      const ThreadPool& pool, const void* grad_output,
-                                     const void* input, const void* weight, const void* output,
-                                     const void* argmax, void* grad_input, void* grad_weight,
-                                     void* grad_bias);
+                                     const void* input, const void* weight, const void* argmax,
+                                     void* grad_input, void* grad_weight, void* grad_bias);
 
 }  // namespace cnnkernels

@@ -27,9 +27,11 @@ struct MaxPool2dProblem {
   Layout layout;
 
   int64_t window() const { return kernel_height * kernel_width; }
-  // The argmax of a window is its tap r * kernel_width + s, in one byte where
-  // that holds it and as int32 otherwise.
-  bool compact_argmax() const { return window() <= 256; }
+  // The argmax of a window is its tap r * kernel_width + s, or no_winner() where
+  // a ReLU clips the winner, which then passes no gradient. One byte holds both
+  // where the window has up to 255 taps; else they are int32.
+  int64_t no_winner() const { return window(); }
+  bool compact_argmax() const { return no_winner() < 256; }
   int64_t outputs() const { return batch * channels * out_height * out_width; }
 };
 
@@ -98,11 +100,13 @@ void with_tap(const MaxPool2dProblem& problem, Body&& body) {
 void max_pool2d_forward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
                         const void* input, void* output, void* argmax);
 
-// Adds each output gradient to its window's winner; writes all of grad_input.
+// Adds each output gradient to its window's winner, if it has one; writes all of
+// grad_input.
 void max_pool2d_backward(const MaxPool2dProblem& problem, const ThreadPool& pool,
                          const void* grad_output, const void* argmax, void* grad_input);
 
-// values[i] = input at the winner of window i: the derivative of the backward.
+// values[i] = input at the winner of window i, or 0 if it has none: the derivative
+// of the backward.
 void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* input,
                        const void* argmax, void* values);
 

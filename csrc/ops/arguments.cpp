@@ -48,6 +48,11 @@ int64_t pool_output_size(const char* op, const char* axis, int64_t size, int64_t
   return out;
 }
 
+void check_32_bits(const char* op, const char* name, const Pair& pair) {
+  TORCH_CHECK(std::max(pair[0], pair[1]) <= std::numeric_limits<int32_t>::max(), op, ": ", name,
+              " must fit in 32 bits, but got ", name, "=(", pair[0], ", ", pair[1], ")");
+}
+
 // A single output position never takes a stride, however large.
 template <class Problem>
 void drop_unused_strides(Problem& problem) {
@@ -84,37 +89,33 @@ ConvArguments conv_arguments(const char* op, at::IntArrayRef stride, at::IntArra
   check_pair(op, "stride", arguments.stride, 1);
   check_pair(op, "padding", arguments.padding, 0);
   check_pair(op, "dilation", arguments.dilation, 1);
-  for (const Pair& pair : {arguments.padding, arguments.dilation}) {
-    TORCH_CHECK(std::max(pair[0], pair[1]) <= std::numeric_limits<int32_t>::max(), op,
-                ": padding and dilation must fit in 32 bits, but got (", pair[0], ", ", pair[1],
-                ")");
-  }
+  check_32_bits(op, "padding", arguments.padding);
+  check_32_bits(op, "dilation", arguments.dilation);
   TORCH_CHECK(groups > 0, op, ": groups must be positive, but got groups=", groups);
   return arguments;
 }
 
 PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                             at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+                             at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode,
+                             const PoolNames& names) {
   PoolArguments arguments;
-  arguments.kernel_size = expand_pair(op, "kernel_size", kernel_size);
-  arguments.stride = stride.empty() ? arguments.kernel_size : expand_pair(op, "stride", stride);
-  arguments.padding = expand_pair(op, "padding", padding);
-  arguments.dilation = expand_pair(op, "dilation", dilation);
+  arguments.kernel_size = expand_pair(op, names.kernel_size, kernel_size);
+  arguments.stride = stride.empty() ? arguments.kernel_size : expand_pair(op, names.stride, stride);
+  arguments.padding = expand_pair(op, names.padding, padding);
+  arguments.dilation = expand_pair(op, names.dilation, dilation);
   arguments.ceil_mode = ceil_mode;
-  check_pair(op, "kernel_size", arguments.kernel_size, 1);
-  check_pair(op, "stride", arguments.stride, 1);
-  check_pair(op, "padding", arguments.padding, 0);
-  check_pair(op, "dilation", arguments.dilation, 1);
-  for (const Pair& pair : {arguments.kernel_size, arguments.stride, arguments.dilation}) {
-    for (const int64_t value : pair) {
-      TORCH_CHECK(value <= std::numeric_limits<int32_t>::max(), op,
-                  ": kernel_size, stride and dilation must fit in 32 bits, but got ", value);
-    }
-  }
+  check_pair(op, names.kernel_size, arguments.kernel_size, 1);
+  check_pair(op, names.stride, arguments.stride, 1);
+  check_pair(op, names.padding, arguments.padding, 0);
+  check_pair(op, names.dilation, arguments.dilation, 1);
+  check_32_bits(op, names.kernel_size, arguments.kernel_size);
+  check_32_bits(op, names.stride, arguments.stride);
+  check_32_bits(op, names.dilation, arguments.dilation);
   for (int axis = 0; axis < 2; ++axis) {
-    TORCH_CHECK(arguments.padding[axis] <= arguments.kernel_size[axis] / 2, op,
-                ": padding must be at most half of kernel_size, but got padding=",
-                arguments.padding[axis], " for kernel_size=", arguments.kernel_size[axis]);
+    TORCH_CHECK(arguments.padding[axis] <= arguments.kernel_size[axis] / 2, op, ": ", names.padding,
+                " must be at most half of ", names.kernel_size, ", but got ", names.padding, "=",
+                arguments.padding[axis], " for ", names.kernel_size, "=",
+                arguments.kernel_size[axis]);
   }
   return arguments;
 }
@@ -143,6 +144,10 @@ std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
   }
   for (int axis = 0; axis < 2; ++axis) {
     if (pool.dilation[axis] == 1) continue;
+    // To ask a dynamic size of an export would fix it.
+    if (input.sym_size(input.dim() - 2 + axis).is_symbolic()) {
+      return "a dilated window over a dynamic size";
+    }
     const int64_t size = input.size(input.dim() - 2 + axis);
     const int64_t out = pool_output_size("max_pool2d", axis == 0 ? "height" : "width", size,
                                          pool.kernel_size[axis], pool.stride[axis],

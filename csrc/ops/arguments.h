@@ -32,9 +32,18 @@ struct PoolArguments {
 ConvArguments conv_arguments(const char* op, at::IntArrayRef stride, at::IntArrayRef padding,
                              at::IntArrayRef dilation, int64_t groups);
 
+// What an operator calls the arguments of its pooling, for its errors.
+struct PoolNames {
+  const char* kernel_size = "kernel_size";
+  const char* stride = "stride";
+  const char* padding = "padding";
+  const char* dilation = "dilation";
+};
+
 // An empty stride means the kernel size.
 PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                             at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode);
+                             at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode,
+                             const PoolNames& names = {});
 
 // Why the native kernels do not take a tensor; empty if they do.
 std::string not_native(const at::Tensor& tensor);

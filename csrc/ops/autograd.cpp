@@ -6,8 +6,6 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
@@ -21,9 +19,14 @@ namespace {
 using torch::autograd::set_history;
 
 // These derivatives are backward ones. A tangent must not be lost in silence.
+inline bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
+inline bool has_tangent(const std::optional<at::Tensor>& tensor) {
+  return has_value(tensor) && has_tangent(*tensor);
+}
+
 template <class... Tensors>
 void refuse_tangents(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!(tensors._fw_grad(0).defined() || ...), op,
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(tensors) || ...), op,
                               ": forward-mode derivatives go through cnnkernels.functional");
 }
 
@@ -93,7 +96,7 @@ class Conv2dDoubleBackward final
 at::Tensor autograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  refuse_tangents("conv2d", input, weight);
+  refuse_tangents("conv2d", input, weight, bias);
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     if (!conv2d_not_native(input, weight, bias).empty()) {
       return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
@@ -296,20 +299,20 @@ struct BlockNodeArguments {
 };
 
 class Conv2dReLUMaxPool2dBackward final
-    : public SavingNode<Conv2dReLUMaxPool2dBackward, BlockNodeArguments, 3, 4> {
+    : public SavingNode<Conv2dReLUMaxPool2dBackward, BlockNodeArguments, 3, 3> {
  public:
   using SavingNode::SavingNode;
   static constexpr const char* kName = "Conv2dReLUMaxPool2dBackward";
-  enum Saved { kInput, kWeight, kOutput, kArgmax };
+  enum Saved { kInput, kWeight, kArgmax };
 
   static variable_list backward(const Call& call, const variable_list& gradients) {
     if (!gradients[0].defined()) return variable_list(3);
     const ConvArguments& conv = call.arguments.block.conv;
     const PoolArguments& pool = call.arguments.block.pool;
     auto [grad_input, grad_weight, grad_bias] = ops::conv2d_relu_max_pool2d_backward(
-        gradients[0], call.saved[kInput], call.saved[kWeight], call.saved[kOutput],
-        call.saved[kArgmax], conv.stride, conv.padding, conv.dilation, conv.groups,
-        pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, call.wanted);
+        gradients[0], call.saved[kInput], call.saved[kWeight], call.saved[kArgmax], conv.stride,
+        conv.padding, conv.dilation, conv.groups, pool.kernel_size, pool.stride, pool.padding,
+        pool.dilation, pool.ceil_mode, call.wanted);
     return {grad_input, grad_weight, grad_bias};
   }
 };
@@ -330,7 +333,6 @@ ops::TensorPair argmax_with_history(const at::Tensor& input, const at::Tensor& w
         pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode);
   }();
   set_history(std::get<0>(result), node);
-  node->save(Node::kOutput, std::get<0>(result), /*is_output=*/true);
   node->save(Node::kArgmax, std::get<1>(result));
   return result;
 }
@@ -340,7 +342,7 @@ at::Tensor autograd_conv2d_relu_max_pool2d(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
     at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
-  refuse_tangents("conv2d_relu_max_pool2d", input, weight);
+  refuse_tangents("conv2d_relu_max_pool2d", input, weight, bias);
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     const BlockArguments arguments =
         block_arguments("conv2d_relu_max_pool2d", stride, padding, dilation, groups,
@@ -361,7 +363,7 @@ ops::TensorPair autograd_conv2d_relu_max_pool2d_argmax(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
     at::IntArrayRef pool_dilation, bool pool_ceil_mode) {
-  refuse_tangents("conv2d_relu_max_pool2d_argmax", input, weight);
+  refuse_tangents("conv2d_relu_max_pool2d_argmax", input, weight, bias);
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     return argmax_with_history(input, weight, bias,
                                block_arguments("conv2d_relu_max_pool2d_argmax", stride, padding,
@@ -378,10 +380,10 @@ ops::TensorPair autograd_conv2d_relu_max_pool2d_argmax(
 // the convolution, whose own derivatives are known.
 ops::TensorTriple autograd_conv2d_relu_max_pool2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, const at::Tensor& argmax, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-    at::IntArrayRef pool_dilation, bool pool_ceil_mode, std::array<bool, 3> output_mask) {
+    const at::Tensor& argmax, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, at::IntArrayRef pool_kernel_size,
+    at::IntArrayRef pool_stride, at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+    bool pool_ceil_mode, std::array<bool, 3> output_mask) {
   refuse_tangents("conv2d_relu_max_pool2d_backward", grad_output, input, weight);
   if (needs_gradient(grad_output, input, weight)) {
     const BlockArguments arguments =
@@ -394,18 +396,16 @@ ops::TensorTriple autograd_conv2d_relu_max_pool2d_backward(
     std::vector<c10::SymInt> conv_size = {conv.batch, conv.out_channels, conv.out_height,
                                           conv.out_width};
     if (dimensions == 3) conv_size.erase(conv_size.begin());
-    const at::Tensor passing =
-        at::where(output.detach().le(0), at::zeros_like(grad_output), grad_output);
     const at::Tensor dense =
-        ops::max_pool2d_backward(passing, argmax, conv_size, pool_kernel_size, pool_stride,
+        ops::max_pool2d_backward(grad_output, argmax, conv_size, pool_kernel_size, pool_stride,
                                  pool_padding, pool_dilation, pool_ceil_mode);
     return ops::conv2d_backward(dense, input, weight, stride, padding, dilation, groups,
                                 output_mask);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return ops::conv2d_relu_max_pool2d_backward(
-      grad_output, input, weight, output, argmax, stride, padding, dilation, groups,
-      pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode, output_mask);
+      grad_output, input, weight, argmax, stride, padding, dilation, groups, pool_kernel_size,
+      pool_stride, pool_padding, pool_dilation, pool_ceil_mode, output_mask);
 }
 
 }  // namespace

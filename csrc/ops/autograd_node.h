@@ -76,7 +76,8 @@ class SavingNode : public torch::autograd::Node {
     }
     const auto& compiler = dynamo::getPyCompilerInterface();
     const std::string function =
-        compiler->bind_function(swapped.get_py_compiler(), name(), traced, types);
+        compiler->bind_function(swapped.get_py_compiler(), name(), traced, types,
+                                /*is_custom_function=*/true);  // numbers the names
     variable_list results = compiler->call_function(
         swapped.get_py_compiler(), "apply_functional", function, gradients, values,
         dynamo::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(

@@ -111,9 +111,8 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
   const at::Tensor bias_values = has_value(bias) ? bias->contiguous() : at::Tensor();
   if (problem.batch > 0) {
     count(kernel_calls().conv2d);
-    conv2d_forward(problem, active_isa(), torch_thread_pool(), source.const_data_ptr(),
-                   weight.const_data_ptr(),
-                   bias_values.defined() ? bias_values.const_data_ptr() : nullptr,
+    conv2d_forward(problem, active_isa(), torch_thread_pool(), read_data(source), read_data(weight),
+                   bias_values.defined() ? read_data(bias_values) : nullptr,
                    output.mutable_data_ptr());
   }
   return input.dim() == 3 ? output.squeeze(0) : output;
@@ -169,9 +168,9 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
     return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
   };
   count(kernel_calls().conv2d_backward);
-  conv2d_backward(problem, active_isa(), torch_thread_pool(), gradient_values.const_data_ptr(),
-                  source.const_data_ptr(), weight_values.const_data_ptr(), data(grad_input),
-                  data(grad_weight), data(grad_bias));
+  conv2d_backward(problem, active_isa(), torch_thread_pool(), read_data(gradient_values),
+                  read_data(source), read_data(weight_values), data(grad_input), data(grad_weight),
+                  data(grad_bias));
   return {unbatched(grad_input), grad_weight, grad_bias};
 }
 

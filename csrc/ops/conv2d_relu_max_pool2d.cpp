@@ -51,18 +51,21 @@ TensorPair conv2d_relu_max_pool2d_argmax(const at::Tensor& input, const at::Tens
 
 TensorTriple conv2d_relu_max_pool2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, const at::Tensor& argmax, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-    at::IntArrayRef pool_dilation, bool pool_ceil_mode, std::array<bool, 3> output_mask) {
+    const at::Tensor& argmax, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, at::IntArrayRef pool_kernel_size,
+    at::IntArrayRef pool_stride, at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+    bool pool_ceil_mode, std::array<bool, 3> output_mask) {
   static const auto op = typed_operator<decltype(conv2d_relu_max_pool2d_backward)>(
       "cnnkernels::conv2d_relu_max_pool2d_backward");
-  return op.call(grad_output, input, weight, output, argmax, stride, padding, dilation, groups,
+  return op.call(grad_output, input, weight, argmax, stride, padding, dilation, groups,
                  pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode,
                  output_mask);
 }
 
 }  // namespace ops
+
+constexpr PoolNames kPoolNames = {"pool_kernel_size", "pool_stride", "pool_padding",
+                                  "pool_dilation"};
 
 BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntArrayRef padding,
                                at::IntArrayRef dilation, int64_t groups,
@@ -71,7 +74,7 @@ BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntAr
                                bool pool_ceil_mode) {
   return {conv_arguments(op, stride, padding, dilation, groups),
           pool_arguments(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation,
-                         pool_ceil_mode)};
+                         pool_ceil_mode, kPoolNames)};
 }
 
 at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
@@ -158,9 +161,9 @@ ops::TensorPair run(const at::Tensor& input, const at::Tensor& weight,
   if (problem.conv.batch > 0) {
     count(kernel_calls().conv2d_relu_max_pool2d);
     conv2d_relu_max_pool2d_forward(
-        problem, active_isa(), torch_thread_pool(), source.const_data_ptr(),
-        weight.const_data_ptr(), bias_values.defined() ? bias_values.const_data_ptr() : nullptr,
-        output.mutable_data_ptr(), with_argmax ? argmax.mutable_data_ptr() : nullptr);
+        problem, active_isa(), torch_thread_pool(), read_data(source), read_data(weight),
+        bias_values.defined() ? read_data(bias_values) : nullptr, output.mutable_data_ptr(),
+        with_argmax ? argmax.mutable_data_ptr() : nullptr);
   }
   return {unbatched(output, input.dim()), unbatched(argmax, input.dim())};
 }
@@ -196,9 +199,9 @@ ops::TensorPair forward_argmax(const at::Tensor& input, const at::Tensor& weight
 }
 
 ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& input,
-                           const at::Tensor& weight, const at::Tensor& output,
-                           const at::Tensor& argmax, at::IntArrayRef stride,
-                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                           const at::Tensor& weight, const at::Tensor& argmax,
+                           at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups,
                            at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
                            at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
                            bool pool_ceil_mode, std::array<bool, 3> output_mask) {
@@ -214,17 +217,14 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   Conv2dReluMaxPool2dProblem problem = block_problem(op, images, weight, std::nullopt, arguments);
   const std::array<int64_t, 4> size = output_size(problem.pool);
   const at::Tensor gradient = batched(grad_output, dimensions);
-  const at::Tensor pooled = batched(output, dimensions);
   const at::Tensor winners = batched(argmax, dimensions);
-  TORCH_CHECK(gradient.sizes() == at::IntArrayRef(size) && pooled.sizes() == at::IntArrayRef(size),
-              op, ": grad_output and output must have size ", at::IntArrayRef(size),
-              ", but got grad_output of size ", gradient.sizes(), " and output of size ",
-              pooled.sizes());
-  TORCH_CHECK(gradient.scalar_type() == input.scalar_type() &&
-                  pooled.scalar_type() == input.scalar_type() && pooled.device().is_cpu(),
-              op, ": grad_output and output must have input's dtype ", input.scalar_type(),
-              ", but got ", gradient.scalar_type(), " and ", pooled.scalar_type());
-  check_argmax(op, winners, pooled, problem.pool);
+  TORCH_CHECK(gradient.sizes() == at::IntArrayRef(size), op,
+              ": grad_output must have the size of the output, ", at::IntArrayRef(size),
+              ", but got grad_output of size ", gradient.sizes());
+  TORCH_CHECK(gradient.scalar_type() == input.scalar_type(), op,
+              ": grad_output must have input's dtype ", input.scalar_type(), ", but got ",
+              gradient.scalar_type());
+  check_argmax(op, winners, gradient, problem.pool);
 
   const at::MemoryFormat format = memory_format(problem.conv.layout);
   const at::Tensor weight_values = weight.contiguous(format);
@@ -240,16 +240,15 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   set_weight_strides(problem.conv, grad_weight.defined() ? grad_weight : weight_values);
   const at::Tensor source = images.contiguous(format);
   const at::Tensor gradient_values = gradient.contiguous(format);
-  const at::Tensor output_values = pooled.contiguous(format);
   const at::Tensor argmax_values = winners.contiguous(format);
   const auto data = [](const at::Tensor& tensor) {
     return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
   };
   count(kernel_calls().conv2d_relu_max_pool2d_backward);
-  conv2d_relu_max_pool2d_backward(
-      problem, active_isa(), torch_thread_pool(), gradient_values.const_data_ptr(),
-      source.const_data_ptr(), weight_values.const_data_ptr(), output_values.const_data_ptr(),
-      argmax_values.const_data_ptr(), data(grad_input), data(grad_weight), data(grad_bias));
+  conv2d_relu_max_pool2d_backward(problem, active_isa(), torch_thread_pool(),
+                                  read_data(gradient_values), read_data(source),
+                                  read_data(weight_values), read_data(argmax_values),
+                                  data(grad_input), data(grad_weight), data(grad_bias));
   return {unbatched(grad_input, dimensions), grad_weight, grad_bias};
 }
 

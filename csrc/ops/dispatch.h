@@ -26,6 +26,14 @@ inline at::Tensor empty_cpu(at::IntArrayRef size, at::ScalarType dtype,
   return at::native::empty_cpu(size, dtype, at::kStrided, at::kCPU, false, format);
 }
 
+// The elements to read: a tensor may have lost its storage.
+inline const void* read_data(const at::Tensor& tensor) {
+  const void* const data = tensor.const_data_ptr();
+  TORCH_CHECK(data != nullptr || tensor.numel() == 0, "a tensor of size ", tensor.sizes(),
+              " has elements, but its data is not allocated");
+  return data;
+}
+
 // Finds an operator of this library once, with its C++ signature.
 template <class Signature>
 auto typed_operator(const char* name, const char* overload = "") {

@@ -36,6 +36,19 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
   return a.is_non_overlapping_and_dense() && a.strides() == b.strides();
 }
 
+// What a step may change, before it changes anything. Inference tensors carry no
+// autograd key, so that they are checked here.
+void check_params(const char* op, at::TensorList params) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK(!params[i].is_inference() || c10::InferenceMode::is_enabled(), op, ": params[", i,
+                "] is an inference tensor, which only InferenceMode may change");
+    TORCH_CHECK(
+        at::isFloatingType(params[i].scalar_type()) || at::isComplexType(params[i].scalar_type()),
+        op, ": params[", i, "] must be of a floating or complex dtype, but is ",
+        params[i].scalar_type());
+  }
+}
+
 void check_list(const char* op, const char* name, at::TensorList list, at::TensorList params) {
   TORCH_CHECK(list.size() == params.size(), op, ": ", name,
               " must have as many tensors as params, ", params.size(), ", but has ", list.size());
@@ -57,8 +70,6 @@ void check_mutable(const char* op, at::TensorList params) {
   for (size_t i = 0; i < params.size(); ++i) {
     TORCH_CHECK(!(at::GradMode::is_enabled() && params[i].requires_grad()), op, ": params[", i,
                 "] requires grad: a step changes it in place, so call it under torch.no_grad()");
-    TORCH_CHECK(!params[i].is_inference() || c10::InferenceMode::is_enabled(), op, ": params[", i,
-                "] is an inference tensor, which only InferenceMode may change");
   }
 }
 
@@ -84,6 +95,7 @@ void composed_step(at::Tensor param, at::Tensor grad, const at::Tensor& buffer,
 void step(const char* op, at::TensorList params, at::TensorList grads,
           at::TensorList momentum_buffers, const StepOptions& options,
           std::atomic<int64_t>& calls) {
+  check_params(op, params);
   check_list(op, "grads", grads, params);
   if (options.momentum != 0) check_list(op, "momentum_buffers", momentum_buffers, params);
   constexpr int kDTypes = 4;
@@ -112,7 +124,7 @@ void step(const char* op, at::TensorList params, at::TensorList grads,
     if (param.numel() == 0) continue;
     lists[static_cast<int>(dtype_of(param))].push_back(
         {param.mutable_data_ptr(),
-         options.unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()),
+         options.unscale ? grad.mutable_data_ptr() : const_cast<void*>(read_data(grad)),
          buffer.defined() ? buffer.mutable_data_ptr() : nullptr, param.numel()});
   }
   for (int dtype = 0; dtype < kDTypes; ++dtype) {

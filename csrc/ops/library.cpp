@@ -48,7 +48,7 @@ TORCH_LIBRARY(cnnkernels, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "conv2d_relu_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, "
-      "Tensor output, Tensor argmax, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "Tensor argmax, int[2] stride, int[2] padding, int[2] dilation, int groups, "
       "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation, "
       "bool pool_ceil_mode, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 

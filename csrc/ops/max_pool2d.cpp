@@ -107,7 +107,7 @@ ops::TensorPair pool(const at::Tensor& input, const PoolArguments& arguments, bo
   }
   if (call.problem.batch > 0) {
     count(kernel_calls().max_pool2d);
-    max_pool2d_forward(call.problem, active_isa(), torch_thread_pool(), source.const_data_ptr(),
+    max_pool2d_forward(call.problem, active_isa(), torch_thread_pool(), read_data(source),
                        output.mutable_data_ptr(),
                        with_argmax ? argmax.mutable_data_ptr() : nullptr);
   }
@@ -146,7 +146,7 @@ ops::TensorPair forward_with_indices(const at::Tensor& input, at::IntArrayRef ke
   const Call call = make_call(kOp, input, arguments);
   const at::Tensor indices = empty_cpu(call.output_size, at::kLong, call.format);
   if (call.problem.batch > 0) {
-    max_pool2d_indices(call.problem, torch_thread_pool(), argmax.const_data_ptr(),
+    max_pool2d_indices(call.problem, torch_thread_pool(), read_data(argmax),
                        static_cast<int64_t*>(indices.mutable_data_ptr()));
   }
   return {output, unbatched(indices, input.dim())};
@@ -187,8 +187,8 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& argmax,
   const at::Tensor grad_input = empty_cpu(size, grad_output.scalar_type(), format);
   if (problem.batch > 0) {
     count(kernel_calls().max_pool2d_backward);
-    cnnkernels::max_pool2d_backward(problem, torch_thread_pool(), gradient_values.const_data_ptr(),
-                                    argmax_values.const_data_ptr(), grad_input.mutable_data_ptr());
+    cnnkernels::max_pool2d_backward(problem, torch_thread_pool(), read_data(gradient_values),
+                                    read_data(argmax_values), grad_input.mutable_data_ptr());
   }
   return unbatched(grad_input, dimensions);
 }
@@ -211,8 +211,8 @@ at::Tensor gather(const at::Tensor& input, const at::Tensor& argmax, at::IntArra
   const at::Tensor argmax_values = argmax_images.contiguous(call.format);
   if (call.problem.batch > 0) {
     count(kernel_calls().max_pool2d_gather);
-    cnnkernels::max_pool2d_gather(call.problem, torch_thread_pool(), source.const_data_ptr(),
-                                  argmax_values.const_data_ptr(), values.mutable_data_ptr());
+    cnnkernels::max_pool2d_gather(call.problem, torch_thread_pool(), read_data(source),
+                                  read_data(argmax_values), values.mutable_data_ptr());
   }
   return unbatched(values, input.dim());
 }

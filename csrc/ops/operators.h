@@ -71,10 +71,10 @@ TensorPair conv2d_relu_max_pool2d_argmax(const at::Tensor& input, const at::Tens
 
 TensorTriple conv2d_relu_max_pool2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, const at::Tensor& argmax, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-    at::IntArrayRef pool_dilation, bool pool_ceil_mode, std::array<bool, 3> output_mask);
+    const at::Tensor& argmax, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, at::IntArrayRef pool_kernel_size,
+    at::IntArrayRef pool_stride, at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+    bool pool_ceil_mode, std::array<bool, 3> output_mask);
 
 void gd_step_(at::TensorList params, at::TensorList grads, double lr);
 

@@ -39,7 +39,9 @@ int64_t int_argument(const char* op, const char* name, py::handle value, Py_ssiz
   }
   const Py_ssize_t number = PyNumber_AsSsize_t(value.ptr(), PyExc_OverflowError);
   if (number == -1 && PyErr_Occurred() != nullptr) {
+    const bool overflow = PyErr_ExceptionMatches(PyExc_OverflowError) != 0;
     PyErr_Clear();
+    if (!overflow) bad_type(op, name, "int or a tuple of ints", value);
     const std::string sentence = std::string(op) + "(): argument '" + name +
                                  "' overflows 64 bits: " + std::string(py::str(value));
     if (entry == 0) throw py::value_error(sentence);
@@ -335,6 +337,16 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
   return result;
 }
 
+// Why max_pool2d's kernels do not take these arguments; empty if they do.
+std::string max_pool2d_reason(py::handle input, py::handle kernel_size, py::handle stride,
+                              py::handle padding, py::handle dilation, py::handle ceil) {
+  const char* const op = "max_pool2d";
+  const PoolPython pool(op, kernel_size, stride, padding, dilation);
+  return not_native(tensor_argument(op, "input", input),
+                    pool_arguments(op, pool.kernel_size, pool.stride, pool.padding, pool.dilation,
+                                   bool_argument(op, "ceil_mode", ceil)));
+}
+
 py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle stride,
                             py::handle padding, py::handle dilation, py::handle ceil) {
   const char* const op = "max_pool2d";
@@ -354,24 +366,53 @@ py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle
   return result;
 }
 
+struct BlockCall {
+  const at::Tensor& input;
+  const at::Tensor& weight;
+  std::optional<at::Tensor> bias;
+  BlockArguments arguments;
+};
+
+BlockCall parse_block(py::handle input, py::handle weight, py::handle bias, py::handle stride,
+                      py::handle padding, py::handle dilation, py::handle groups,
+                      py::handle pool_kernel_size, py::handle pool_stride, py::handle pool_padding,
+                      py::handle pool_dilation, py::handle pool_ceil) {
+  const char* const op = "conv2d_relu_max_pool2d";
+  const at::Tensor& x = tensor_argument(op, "input", input);
+  const at::Tensor& w = tensor_argument(op, "weight", weight);
+  const ConvArguments conv = parse_conv(op, x, w, stride, padding, dilation, groups);
+  const PoolPython pool(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_");
+  return {x, w, optional_tensor(op, "bias", bias),
+          block_arguments(op, conv.stride, conv.padding, conv.dilation, conv.groups,
+                          pool.kernel_size, pool.stride, pool.padding, pool.dilation,
+                          bool_argument(op, "pool_ceil_mode", pool_ceil))};
+}
+
+// Why the block's kernels do not take these arguments; empty if they do.
+std::string conv2d_relu_max_pool2d_reason(py::handle input, py::handle weight, py::handle bias,
+                                          py::handle stride, py::handle padding,
+                                          py::handle dilation, py::handle groups,
+                                          py::handle pool_kernel_size, py::handle pool_stride,
+                                          py::handle pool_padding, py::handle pool_dilation,
+                                          py::handle pool_ceil) {
+  const BlockCall call =
+      parse_block(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
+                  pool_stride, pool_padding, pool_dilation, pool_ceil);
+  return block_not_native(call.input, call.weight, call.bias, call.arguments);
+}
+
 py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handle bias,
                                         py::handle stride, py::handle padding, py::handle dilation,
                                         py::handle groups, py::handle pool_kernel_size,
                                         py::handle pool_stride, py::handle pool_padding,
                                         py::handle pool_dilation, py::handle pool_ceil) {
   const char* const op = "conv2d_relu_max_pool2d";
-  const at::Tensor& x = tensor_argument(op, "input", input);
-  const at::Tensor& w = tensor_argument(op, "weight", weight);
-  const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
-  const ConvArguments conv = parse_conv(op, x, w, stride, padding, dilation, groups);
-  const PoolPython pool(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_");
-  const bool pool_ceil_mode = bool_argument(op, "pool_ceil_mode", pool_ceil);
-  const PoolArguments window = pool_arguments(op, pool.kernel_size, pool.stride, pool.padding,
-                                              pool.dilation, pool_ceil_mode);
-  const std::string reason = block_not_native(x, w, b, {conv, window});
+  const auto [x, w, b, arguments] =
+      parse_block(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
+                  pool_stride, pool_padding, pool_dilation, pool_ceil);
+  const std::string reason = block_not_native(x, w, b, arguments);
   if (!reason.empty()) return aten_plan(reason);
-  const Conv2dReluMaxPool2dProblem problem =
-      block_problem(op, batched(op, x), w, b, {conv, window});
+  const Conv2dReluMaxPool2dProblem problem = block_problem(op, batched(op, x), w, b, arguments);
   const Conv2dReluMaxPool2dPlan plan =
       plan_conv2d_relu_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
   py::dict result =
@@ -413,6 +454,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("config", &cnnkernels::config);
   m.def("explain_conv2d", &cnnkernels::explain_conv2d);
   m.def("explain_max_pool2d", &cnnkernels::explain_max_pool2d);
+  m.def("max_pool2d_reason", &cnnkernels::max_pool2d_reason);
+  m.def("conv2d_relu_max_pool2d_reason", &cnnkernels::conv2d_relu_max_pool2d_reason);
   m.def("explain_conv2d_relu_max_pool2d", &cnnkernels::explain_conv2d_relu_max_pool2d);
   m.def("kernel_calls", &cnnkernels::kernel_call_counts);
   m.def("set_isa", &cnnkernels::set_isa);

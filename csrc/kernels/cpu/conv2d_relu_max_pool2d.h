@@ -21,7 +21,7 @@ void conv2d_relu_max_pool2d_outer_product_forward(const Conv2dReluMaxPool2dProbl
 void conv2d_relu_max_pool2d_winners_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
                                              const ThreadPool& pool, const void* grad_output,
                                              const void* input, const void* weight,
-                                             const void* output, const void* argmax,
-                                             void* grad_input, void* grad_weight, void* grad_bias);
+                                             const void* argmax, void* grad_input,
+                                             void* grad_weight, void* grad_bias);
 
 }  // namespace cnnkernels

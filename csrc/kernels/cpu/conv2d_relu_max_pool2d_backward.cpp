@@ -9,14 +9,14 @@ namespace cnnkernels {
 void conv2d_relu_max_pool2d_winners_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
                                              const ThreadPool& pool, const void* grad_output,
                                              const void* input, const void* weight,
-                                             const void* output, const void* argmax,
-                                             void* grad_input, void* grad_weight, void* grad_bias) {
+                                             const void* argmax, void* grad_input,
+                                             void* grad_weight, void* grad_bias) {
   with_dtype(problem.conv.dtype, [&](auto element) {
     with_tap(problem.pool, [&](auto tap) {
       using T = decltype(element);
       using Tap = decltype(tap);
-      CNNK_TIER_FUNCTION(isa, backward<T, Tap>)(problem, pool, grad_output, input, weight, output,
-                                                argmax, grad_input, grad_weight, grad_bias);
+      CNNK_TIER_FUNCTION(isa, backward<T, Tap>)(problem, pool, grad_output, input, weight, argmax,
+                                                grad_input, grad_weight, grad_bias);
     });
   });
 }

@@ -8,8 +8,12 @@
 // are; weights and their gradients are kept as the same runs, padded to whole
 // vectors.
 //
-// A task owns a fixed range of images and its own partial weight gradient;
-// partials are added up in their order, so that a thread count has one result.
+// A task owns a fixed range of images and its own partial weight gradient, to
+// which it adds image by image in double; partials are added up in their order, so
+// that a thread count has one result.
+
+// What the partial weight gradients of all tasks may take.
+constexpr int64_t kPartialBytes = int64_t{64} * 1024 * 1024;
 
 // Vectors of one run that stay in registers while all winners pass.
 constexpr int kRunVectors = CNNK_VECTOR_REGISTERS >= 32 ? 16 : 8;
@@ -106,6 +110,7 @@ struct PatchOffsets {
         taps.push_back(r * window.dilation_h * row_step + s * window.dilation_w * column_step);
       }
     }
+    taps.push_back(0);  // of no winner, which is looked up, but not kept
     // Neighbours in a row have overlapping patches, and a load that spans
     // several recent stores stalls until they reach the cache. So a row is
     // visited in passes of windows whose patches do not overlap.
@@ -119,12 +124,12 @@ struct PatchOffsets {
 // The winners of one output channel of one image that pass a gradient.
 template <class T, class Tap>
 void collect_winners(const MaxPool2dProblem& window, const PatchOffsets& patches,
-                     const T* grad_output, const T* output, const Tap* argmax, int64_t pixel_step,
+                     const T* grad_output, const Tap* argmax, int64_t pixel_step,
                      std::vector<WinnerGradient<Accumulator<T>>>& winners) {
   using A = Accumulator<T>;
   winners.resize(static_cast<size_t>(window.out_height * window.out_width));
   WinnerGradient<A>* next = winners.data();
-  const size_t tap_count = patches.taps.size();
+  const size_t no_winner = static_cast<size_t>(window.no_winner());
   const int64_t reach_h = (window.kernel_height - 1) * window.dilation_h;
   const int64_t reach_w = (window.kernel_width - 1) * window.dilation_w;
   for (int64_t y = 0; y < window.out_height; ++y) {
@@ -137,33 +142,41 @@ void collect_winners(const MaxPool2dProblem& window, const PatchOffsets& patches
         const size_t tap = static_cast<size_t>(argmax[at]);
         // A tap of a window that lies inside is inside; others are looked up.
         const bool inside = inside_h & (start_x >= 0) & (start_x + reach_w < window.in_width);
-        if (!inside || tap >= tap_count) patches.positions(y, x, static_cast<int64_t>(argmax[at]));
+        if ((!inside && tap != no_winner) || tap > no_winner) {
+          patches.positions(y, x, static_cast<int64_t>(argmax[at]));
+        }
         const A gradient = widen(grad_output[at]);
         // Written always, kept only if it passes: a branch here would be taken
         // at random.
         *next = {start_y * patches.row_step + start_x * patches.column_step + patches.taps[tap],
                  gradient};
-        next += !(widen(output[at]) <= A{0}) & !(gradient == A{0});
+        next += (tap != no_winner) & !(gradient == A{0});
       }
     }
   }
   winners.resize(static_cast<size_t>(next - winners.data()));
 }
 
-// sums[i] += g * source[offset + i] over the winners, for NV vectors of a run.
+// sums[i] += g * source[offset + i] over the winners, for NV vectors of a run, in
+// chains of kSumLength.
 template <class A, int NV>
 void weight_gradient_run(const std::vector<WinnerGradient<A>>& winners, const A* source, A* sums) {
-  Vec<A> sum[NV];
+  const WinnerGradient<A>* winner = winners.data();
+  const WinnerGradient<A>* const end = winner + winners.size();
+  while (winner != end) {
+    const WinnerGradient<A>* const last = winner + std::min<int64_t>(kSumLength, end - winner);
+    Vec<A> sum[NV];
 #pragma GCC unroll 16
-  for (int i = 0; i < NV; ++i) sum[i] = Vec<A>{};
-  for (const WinnerGradient<A>& winner : winners) {
-    const Vec<A> g = broadcast(winner.gradient);
-    const A* const from = source + winner.offset;
+    for (int i = 0; i < NV; ++i) sum[i] = Vec<A>{};
+    for (; winner != last; ++winner) {
+      const Vec<A> g = broadcast(winner->gradient);
+      const A* const from = source + winner->offset;
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) sum[i] += g * load(from + i * kLanes<A>);
+      for (int i = 0; i < NV; ++i) sum[i] += g * load(from + i * kLanes<A>);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) store(sums + i * kLanes<A>, load(sums + i * kLanes<A>) + sum[i]);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < NV; ++i) store(sums + i * kLanes<A>, load(sums + i * kLanes<A>) + sum[i]);
 }
 
 template <class A>
@@ -211,8 +224,8 @@ void input_gradient_of(const std::vector<WinnerGradient<A>>& winners, const Runs
 template <class T, class Tap>
 void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
               const void* grad_output_data, const void* input_data, const void* weight_data,
-              const void* output_data, const void* argmax_data, void* grad_input_data,
-              void* grad_weight_data, void* grad_bias_data) {
+              const void* argmax_data, void* grad_input_data, void* grad_weight_data,
+              void* grad_bias_data) {
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<A>;
   const Conv2dProblem& conv = problem.conv;
@@ -220,7 +233,6 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
   const T* const grad_output = static_cast<const T*>(grad_output_data);
   const T* const input = static_cast<const T*>(input_data);
   const T* const weight = static_cast<const T*>(weight_data);
-  const T* const output = static_cast<const T*>(output_data);
   const Tap* const argmax = static_cast<const Tap*>(argmax_data);
   T* const grad_input = static_cast<T*>(grad_input_data);
   T* const grad_weight = static_cast<T*>(grad_weight_data);
@@ -238,11 +250,14 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
 
   // Multiply-adds if every window passes a gradient.
   const int64_t work = conv.batch * output_image * runs.size();
-  const int64_t tasks =
-      work < kSerialMultiplyAdds ? 1 : std::min<int64_t>(conv.batch, pool.threads);
   const int64_t sums_count = conv.out_channels * runs.size();
-  const Workspace partials(tasks * (sums_count + conv.out_channels) *
-                           static_cast<int64_t>(sizeof(A)));
+  const int64_t partial_count = sums_count + conv.out_channels;
+  const int64_t partial_bytes = partial_count * static_cast<int64_t>(sizeof(double));
+  const int64_t tasks = work < kSerialMultiplyAdds
+                            ? 1
+                            : std::clamp<int64_t>(kPartialBytes / partial_bytes, 1,
+                                                  std::min<int64_t>(conv.batch, pool.threads));
+  const Workspace partials(tasks * partial_bytes);
   const Workspace weight_workspace(sums_count * static_cast<int64_t>(sizeof(A)));
   A* const weight_runs = weight_workspace.as<A>();
 
@@ -265,17 +280,18 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
   }
 
   parallel_for(pool, tasks, tasks == 1, [&](int64_t begin, int64_t end) {
-    const Workspace images(2 * image_count * static_cast<int64_t>(sizeof(A)));
-    A* const source = images.as<A>();
+    const Workspace images((2 * image_count + sums_count) * static_cast<int64_t>(sizeof(A)));
+    A* const sums = images.as<A>();  // of one image
+    A* const source = sums + sums_count;
     A* const gradient = source + image_count;
     std::vector<WinnerGradient<A>> winners;
     if (grad_weight != nullptr) std::fill_n(source, image_count, A{0});  // the border stays zero
     for (int64_t task = begin; task < end; ++task) {
-      A* const sums = partials.as<A>() + task * (sums_count + conv.out_channels);
-      A* const bias_sums = sums + sums_count;
-      std::fill_n(sums, sums_count + conv.out_channels, A{0});
+      double* const totals = partials.as<double>() + task * partial_count;
+      std::fill_n(totals, partial_count, 0.0);
       for (int64_t n = conv.batch * task / tasks; n < conv.batch * (task + 1) / tasks; ++n) {
         if (grad_weight != nullptr) {
+          std::fill_n(sums, sums_count, A{0});
           const T* const image = input + n * input_image;
           for_each_pixel(conv, pixels, [&](int64_t group, int64_t to, int64_t from, int64_t step) {
             A* const pixel = source + group * pixels.group() + to;
@@ -285,13 +301,12 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
         if (grad_input != nullptr) std::fill_n(gradient, image_count, A{0});
         for (int64_t k = 0; k < conv.out_channels; ++k) {
           const int64_t at = n * output_image + (nchw ? k * outputs : k);
-          collect_winners(window, patches, grad_output + at, output + at, argmax + at, pixel_step,
-                          winners);
+          collect_winners(window, patches, grad_output + at, argmax + at, pixel_step, winners);
           const int64_t group = k / group_out * pixels.group();
           if (grad_bias != nullptr) {
-            A sum = 0;
+            double sum = 0;
             for (const WinnerGradient<A>& winner : winners) sum += winner.gradient;
-            bias_sums[k] += sum;
+            totals[sums_count + k] += sum;
           }
           if (grad_weight != nullptr) {
             weight_gradient_of(winners, runs, source + group, sums + k * runs.size());
@@ -299,6 +314,9 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
           if (grad_input != nullptr) {
             input_gradient_of(winners, runs, weight_runs + k * runs.size(), gradient + group);
           }
+        }
+        if (grad_weight != nullptr) {
+          for (int64_t i = 0; i < sums_count; ++i) totals[i] += sums[i];
         }
         if (grad_input != nullptr) {
           T* const image = grad_input + n * input_image;
@@ -313,13 +331,16 @@ void backward(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
     }
   });
 
-  A* const total = partials.as<A>();
+  double* const total = partials.as<double>();
   for (int64_t task = 1; task < tasks; ++task) {
-    const A* const sums = total + task * (sums_count + conv.out_channels);
-    for (int64_t i = 0; i < sums_count + conv.out_channels; ++i) total[i] += sums[i];
+    const double* const partial = total + task * partial_count;
+    for (int64_t i = 0; i < partial_count; ++i) total[i] += partial[i];
   }
   if (grad_weight != nullptr) {
-    for_each_weight([&](int64_t at, int64_t run) { grad_weight[at] = narrow<T>(total[run]); });
+    for_each_weight(
+        [&](int64_t at, int64_t run) { grad_weight[at] = narrow<T>(static_cast<A>(total[run])); });
   }
-  if (grad_bias != nullptr) narrow_row(total + sums_count, grad_bias, conv.out_channels);
+  for (int64_t k = 0; grad_bias != nullptr && k < conv.out_channels; ++k) {
+    grad_bias[k] = narrow<T>(static_cast<A>(total[sums_count + k]));
+  }
 }

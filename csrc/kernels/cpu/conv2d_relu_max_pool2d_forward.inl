@@ -35,14 +35,17 @@ __attribute__((noinline)) void pooled_span(const PooledRow<A>& pooled, int64_t k
   direct_tile(source, row.shape, weights, total);
   const int64_t count = std::min(lanes, row.width - x);
   for (int i = 0; i < KB; ++i) {
-    // The bias comes before the comparison, whose ties depend on its rounding.
+    // Bias and rounding come before the comparison: the winner, and so the
+    // gradient, is that of the three operators.
     const Vec<A> bias = row.bias != nullptr ? broadcast(row.bias[k + i]) : Vec<A>{};
-    Winner<A> winner = {total[i][0] + bias, Vec<Mask<A>>{}};
+    Winner<A> winner = {rounded<A>(row.dtype, total[i][0] + bias), Vec<Mask<A>>{}};
 #pragma GCC unroll 4
-    for (int p = 1; p < 4; ++p) challenge<A>(winner, total[i][p] + bias, static_cast<Mask<A>>(p));
+    for (int p = 1; p < 4; ++p) {
+      challenge<A>(winner, rounded<A>(row.dtype, total[i][p] + bias), static_cast<Mask<A>>(p));
+    }
     const int64_t at = row.out_at + (k + i) * row.out_channel_step + x * row.out_lane_step;
     store_out<A>(row.dtype, row.out, at, relu<A>(winner.value), count, row.out_lane_step);
-    store_taps<A>(pooled.argmax, at, winner.tap, count, row.out_lane_step);
+    store_taps<A>(pooled.argmax, at, winner, count, row.out_lane_step);
   }
 }
 
@@ -62,7 +65,8 @@ void pooled_row(const PooledRow<A>& pooled) {
 // The convolution rows [y0, y1) of one channel block with bias and ReLU, as
 // plain rows of accumulators, one plane a channel.
 template <class A>
-void relu_rows(DirectRow<A> row, int64_t y0, int64_t y1, int64_t source_pitch, int64_t out_pitch) {
+void relu_rows(DirectRow<A> row, DType dtype, int64_t y0, int64_t y1, int64_t source_pitch,
+               int64_t out_pitch) {
   const A* const source = row.source;
   A* const out = static_cast<A*>(row.out);
   for (int64_t y = y0; y < y1; ++y) {
@@ -73,7 +77,9 @@ void relu_rows(DirectRow<A> row, int64_t y0, int64_t y1, int64_t source_pitch, i
   for (int64_t k = 0; k < row.channels; ++k) {
     for (int64_t y = 0; y < y1 - y0; ++y) {
       A* const values = out + k * row.out_channel_step + y * out_pitch;
-      for (int64_t x = 0; x < row.width; ++x) values[x] = values[x] <= A{0} ? A{0} : values[x];
+      for (int64_t x = 0; x < row.width; x += kLanes<A>) {
+        store(values + x, relu<A>(rounded<A>(dtype, load(values + x))));
+      }
     }
   }
 }
@@ -86,7 +92,8 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
   constexpr int64_t lanes = kLanes<A>;
   const Conv2dProblem& conv = problem.conv;
   const MaxPool2dProblem& window = problem.pool;
-  const ArgmaxOut argmax = {argmax_data, window.compact_argmax()};
+  const ArgmaxOut argmax = {argmax_data, window.compact_argmax(),
+                            static_cast<int32_t>(window.no_winner())};
   const bool serial = plan.threads == 1;
   const int64_t group_in = conv.in_channels / conv.groups;
   const int64_t group_out = conv.out_channels / conv.groups;
@@ -196,7 +203,7 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
         const DirectRow<A> row = {planes,    shape, tile_weights,  block_bias, accumulator,
                                   conv_rows, 0,     scratch_plane, 1,          conv.out_width,
                                   channels};
-        relu_rows(row, conv_y0, conv_y1, conv.stride_h * packed.pitch(), scratch_pitch);
+        relu_rows(row, conv.dtype, conv_y0, conv_y1, conv.stride_h * packed.pitch(), scratch_pitch);
 
         PackedPlanes band = whole_window;
         band.top = window.pad_top - y0 * window.stride_h + conv_y0;

@@ -61,18 +61,22 @@ __attribute__((noinline)) void outer_product_windows(const OuterProductSteps<A>&
     for (int j = 0; j < W; ++j) {
 #pragma GCC unroll 4
       for (int w = 0; w < KV; ++w) {
-        // The bias comes before the comparison, whose ties depend on its rounding.
-        Winner<A> winner = {total[4 * j][w] + bias[w], Vec<Mask<A>>{}};
+        // Bias and rounding come before the comparison: the winner, and so the
+        // gradient, is that of the three operators.
+        const auto value = [&](int p) {
+          return rounded<A>(block.dtype, total[4 * j + p][w] + bias[w]);
+        };
+        Winner<A> winner = {value(0), Vec<Mask<A>>{}};
 #pragma GCC unroll 4
         for (int p = 1; p < 4; ++p) {
-          challenge<A>(winner, total[4 * j + p][w] + bias[w], static_cast<Mask<A>>(p));
+          challenge<A>(winner, value(p), static_cast<Mask<A>>(p));
         }
         const int64_t k = (v + w) * lanes;
         const int64_t to = at[j] + k * block.out_channel;
         const int64_t channels = std::min(lanes, block.channels - k);
         store_out<A>(block.dtype, block.out, to, relu<A>(winner.value), channels,
                      block.out_channel);
-        store_taps<A>(block.argmax, to, winner.tap, channels, block.out_channel);
+        store_taps<A>(block.argmax, to, winner, channels, block.out_channel);
       }
     }
   }
@@ -88,27 +92,27 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
   const PlaneSource destination =
       plane_source(window.layout, window.channels, window.out_height, window.out_width);
   const int64_t output_image = image_stride(window.channels, window.out_height, window.out_width);
-  forward_pass<A>(
-      conv, plan, pool, images, input, weight, bias, window.out_height,
-      [&](const ForwardTask<A>& task) {
-        const WindowBlock<A> block = {task.y1 - task.y0,
-                                      window.out_width,
-                                      task.source + 2 * task.y0 * conv.stride_h * images.row,
-                                      conv.stride_h * images.row,
-                                      conv.stride_w * images.column,
-                                      conv.dtype,
-                                      output,
-                                      {argmax, window.compact_argmax()},
-                                      task.image * output_image +
-                                          task.channel * destination.channel_stride +
-                                          task.y0 * destination.row_stride,
-                                      destination.row_stride,
-                                      destination.column_stride,
-                                      destination.channel_stride,
-                                      conv.out_channels / conv.groups,
-                                      task.bias};
-        for_each_vector_tile(ceil_div(block.channels, kLanes<A>), [&](int64_t v, auto vectors) {
-          outer_product_windows<A, decltype(vectors)::value>(task.steps, block, v);
-        });
-      });
+  forward_pass<A>(conv, plan, pool, images, input, weight, bias, window.out_height,
+                  [&](const ForwardTask<A>& task) {
+                    const WindowBlock<A> block = {
+                        task.y1 - task.y0,
+                        window.out_width,
+                        task.source + 2 * task.y0 * conv.stride_h * images.row,
+                        conv.stride_h * images.row,
+                        conv.stride_w * images.column,
+                        conv.dtype,
+                        output,
+                        {argmax, window.compact_argmax(), static_cast<int32_t>(window.no_winner())},
+                        task.image * output_image + task.channel * destination.channel_stride +
+                            task.y0 * destination.row_stride,
+                        destination.row_stride,
+                        destination.column_stride,
+                        destination.channel_stride,
+                        conv.out_channels / conv.groups,
+                        task.bias};
+                    for_each_vector_tile(
+                        ceil_div(block.channels, kLanes<A>), [&](int64_t v, auto vectors) {
+                          outer_product_windows<A, decltype(vectors)::value>(task.steps, block, v);
+                        });
+                  });
 }

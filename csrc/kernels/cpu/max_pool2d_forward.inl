@@ -101,7 +101,7 @@ void forward_nhwc(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
               } else {
                 store_first(output + at + c, winner.value, count);
               }
-              store_taps<A>(argmax, at + c, winner.tap, count, 1);
+              store_taps<A>(argmax, at + c, winner, count, 1);
             }
           }
         }
@@ -110,7 +110,7 @@ void forward_nhwc(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
 
 inline void forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
                     const ThreadPool& pool, const void* input, void* output, void* argmax_data) {
-  const ArgmaxOut argmax = {argmax_data, problem.compact_argmax()};
+  const ArgmaxOut argmax = {argmax_data, problem.compact_argmax(), -1};
   if (problem.layout == Layout::nchw) {
     with_accumulator(problem.dtype, [&](auto accumulator) {
       forward_nchw<decltype(accumulator)>(problem, plan, pool, input, output, argmax);

@@ -46,33 +46,37 @@ CNNK_INLINE Winner<A> pool_window(const PoolRow<A>& row, int64_t x) {
   return winner;
 }
 
-// Where the taps of winners go: uint8_t or int32_t elements, or nowhere.
+// Where the taps of winners go: uint8_t or int32_t elements, or nowhere. Windows
+// whose maximum is not positive hold `clipped` instead; -1 if there is no ReLU.
 struct ArgmaxOut {
   void* data;
   bool compact;
+  int32_t clipped;
 };
 
 template <class A, class Tap>
 CNNK_INLINE void store_taps_as(Tap* to, Vec<Mask<A>> taps, int64_t count, int64_t step) {
   constexpr int lanes = kLanes<A>;
+  typedef Tap Narrow __attribute__((vector_size(lanes * sizeof(Tap))));
+  const Narrow narrow_taps = __builtin_convertvector(taps, Narrow);
   if (step == 1 && count == lanes) {
-    typedef Tap Narrow __attribute__((vector_size(lanes * sizeof(Tap))));
-    const Narrow narrow_taps = __builtin_convertvector(taps, Narrow);
     __builtin_memcpy(to, &narrow_taps, sizeof narrow_taps);
     return;
   }
-  typedef Tap Narrow __attribute__((vector_size(lanes * sizeof(Tap))));
-  const Narrow narrow_taps = __builtin_convertvector(taps, Narrow);
   Tap values[lanes];
   __builtin_memcpy(values, &narrow_taps, sizeof values);
   for (int64_t i = 0; i < count; ++i) to[i * step] = values[i];
 }
 
-// Stores `count` taps from element `at` on, `step` elements apart.
+// Stores `count` winners' taps from element `at` on, `step` elements apart.
 template <class A>
-CNNK_INLINE void store_taps(const ArgmaxOut& out, int64_t at, Vec<Mask<A>> taps, int64_t count,
-                            int64_t step) {
+CNNK_INLINE void store_taps(const ArgmaxOut& out, int64_t at, const Winner<A>& winner,
+                            int64_t count, int64_t step) {
   if (out.data == nullptr) return;
+  Vec<Mask<A>> taps = winner.tap;
+  if (out.clipped >= 0) {
+    taps = winner.value <= Vec<A>{} ? broadcast<Mask<A>>(out.clipped) : taps;  // NaN passes
+  }
   if (out.compact) {
     store_taps_as<A>(static_cast<uint8_t*>(out.data) + at, taps, count, step);
   } else {
@@ -89,7 +93,7 @@ void pool_row(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut&
     const int64_t count = std::min(lanes, row.width - x);
     const Winner<A> winner = pool_window(row, x);
     store_out<A>(dtype, values, at + x * step, winner.value, count, step);
-    store_taps<A>(argmax, at + x * step, winner.tap, count, step);
+    store_taps<A>(argmax, at + x * step, winner, count, step);
   }
 }
 

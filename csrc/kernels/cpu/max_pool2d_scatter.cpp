@@ -13,11 +13,13 @@ namespace cnnkernels {
 namespace {
 
 // Calls visit(output index, input index) for the winner of every window of one
-// channel of one image. Indices are in elements from the start of the image.
-// Throws std::invalid_argument for an argmax that no window of the problem has.
-template <class Tap, class Visit>
+// channel of one image, and none(output index) where there is no winner. Indices
+// are in elements from the start of the image. Throws std::invalid_argument for
+// an argmax that no window of the problem has.
+template <class Tap, class Visit, class None>
 void for_each_winner(const MaxPool2dProblem& problem, const WinnerPositions& positions,
-                     const Tap* argmax, int64_t channel, Visit&& visit) {
+                     const Tap* argmax, int64_t channel, Visit&& visit, None&& none) {
+  const Tap no_winner = static_cast<Tap>(problem.no_winner());
   const bool nchw = problem.layout == Layout::nchw;
   const int64_t pixel = nchw ? 1 : problem.channels;
   const int64_t out_start = nchw ? channel * problem.out_height * problem.out_width : channel;
@@ -25,6 +27,10 @@ void for_each_winner(const MaxPool2dProblem& problem, const WinnerPositions& pos
   for (int64_t y = 0; y < problem.out_height; ++y) {
     for (int64_t x = 0; x < problem.out_width; ++x) {
       const int64_t out = out_start + (y * problem.out_width + x) * pixel;
+      if (argmax[out] == no_winner) {
+        none(out);
+        continue;
+      }
       const InputPosition in = positions(y, x, static_cast<int64_t>(argmax[out]));
       visit(out, in_start + (in.y * problem.in_width + in.x) * pixel);
     }
@@ -63,8 +69,9 @@ void scatter(const MaxPool2dProblem& problem, const ThreadPool& pool, const void
           }
         }
         for (int64_t c = c0; c < c0 + count; ++c) {
-          for_each_winner(problem, positions, argmax, c,
-                          [&](int64_t out, int64_t in) { grad_input[in] += grad_output[out]; });
+          for_each_winner(
+              problem, positions, argmax, c,
+              [&](int64_t out, int64_t in) { grad_input[in] += grad_output[out]; }, [](int64_t) {});
         }
       } else {
         A* const sums = workspace.as<A>();
@@ -72,9 +79,12 @@ void scatter(const MaxPool2dProblem& problem, const ThreadPool& pool, const void
           std::fill_n(sums, pixels, A{0});
           const int64_t start = nchw ? c * pixels : c;
           const int64_t step = nchw ? 1 : problem.channels;
-          for_each_winner(problem, positions, argmax, c, [&](int64_t out, int64_t in) {
-            sums[(in - start) / step] += widen(grad_output[out]);
-          });
+          for_each_winner(
+              problem, positions, argmax, c,
+              [&](int64_t out, int64_t in) {
+                sums[(in - start) / step] += widen(grad_output[out]);
+              },
+              [](int64_t) {});
           for (int64_t i = 0; i < pixels; ++i) {
             grad_input[start + i * step] = narrow<T>(sums[i]);
           }
@@ -118,8 +128,10 @@ void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, 
       for_each_plane(problem, pool, [&](int64_t n, int64_t channel) {
         const T* const from = static_cast<const T*>(input) + n * in_image;
         T* const to = static_cast<T*>(values) + n * out_image;
-        for_each_winner(problem, positions, static_cast<const Tap*>(argmax) + n * out_image,
-                        channel, [&](int64_t out, int64_t in) { to[out] = from[in]; });
+        for_each_winner(
+            problem, positions, static_cast<const Tap*>(argmax) + n * out_image, channel,
+            [&](int64_t out, int64_t in) { to[out] = from[in]; },
+            [&](int64_t out) { to[out] = T{}; });
       });
     });
   });
@@ -136,8 +148,10 @@ void max_pool2d_indices(const MaxPool2dProblem& problem, const ThreadPool& pool,
       const int64_t start = nchw ? channel * problem.in_height * problem.in_width : channel;
       const int64_t pixel = nchw ? 1 : problem.channels;
       int64_t* const to = indices + n * out_image;
-      for_each_winner(problem, positions, static_cast<const Tap*>(argmax) + n * out_image, channel,
-                      [&](int64_t out, int64_t in) { to[out] = (in - start) / pixel; });
+      for_each_winner(
+          problem, positions, static_cast<const Tap*>(argmax) + n * out_image, channel,
+          [&](int64_t out, int64_t in) { to[out] = (in - start) / pixel; },
+          [](int64_t) { throw std::invalid_argument("argmax holds a window without a winner"); });
     });
   });
 }

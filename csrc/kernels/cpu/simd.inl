@@ -177,6 +177,18 @@ CNNK_INLINE void with_storage(DType dtype, Body&& body) {
   }
 }
 
+// The values as `dtype` holds them.
+template <class A>
+CNNK_INLINE Vec<A> rounded(DType dtype, Vec<A> v) {
+  if (std::is_same_v<A, double> || dtype == DType::float32) return v;
+  with_storage<A>(dtype, [&](auto element) {
+    decltype(element) values[kLanes<A>];
+    store_narrowed(values, v);
+    v = load_widened(values);
+  });
+  return v;
+}
+
 // The first n < lanes lanes, without touching what follows.
 CNNK_INLINE void store_head(float* p, Vec<float> v, int64_t n) {
 #if CNNK_TIER_ID == 1
