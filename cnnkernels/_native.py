@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-
 _REBUILD = (
     "rebuild it with `pip install --force-reinstall --no-deps --no-build-isolation <source>`, "
     "where <source> is the source tree or archive of cnnkernels"

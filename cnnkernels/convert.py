@@ -141,10 +141,6 @@ _FUNCTIONS[torch.nn.functional.max_pool2d_with_indices] = _max_pool2d_with_indic
 _FUNCTIONS[torch._C._nn.max_pool2d_with_indices] = _max_pool2d_with_indices
 
 
-# The arguments of Tensor.backward after the tensor and its gradient, in their order.
-_BACKWARD = ("retain_graph", "create_graph", "inputs")
-
-
 class patch(TorchFunctionMode, contextlib.ContextDecorator):
     """Inside, unmodified code runs on these kernels.
 
@@ -153,7 +149,9 @@ class patch(TorchFunctionMode, contextlib.ContextDecorator):
     calls them run :mod:`cnnkernels.functional` instead. It holds for the current thread, nests, and
     changes nothing in torch. Convolution, ReLU and pooling are not fused, since the calls come one
     by one, and each call of any torch function costs about a microsecond more; for a model that is
-    used often :func:`replace_modules` is better.
+    used often :func:`replace_modules` is better. It is also what checkpoints need: torch leaves the
+    mode while it runs a backward, so that a checkpoint's second forward would run torch's kernels
+    where its first ran these, which ``use_reentrant=False`` refuses.
 
     >>> with patch():
     ...     torch.nn.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2).shape
@@ -172,13 +170,6 @@ class patch(TorchFunctionMode, contextlib.ContextDecorator):
     ) -> Any:
         """Replaces the function that is being called where there is a kernel for it."""
         kwargs = kwargs or {}
-        if func is Tensor.backward:
-            # Torch leaves the mode for what it calls, but a checkpoint's second forward pass,
-            # which is part of the backward, must run what its first ran.
-            (tensor, gradient), rest = (*args, None)[:2], dict(zip(_BACKWARD, args[2:]))
-            gradient = kwargs.pop("gradient", gradient)
-            with self:
-                return torch.autograd.backward(tensor, gradient, **{**rest, **kwargs})
         if "out" in kwargs:
             return func(*args, **kwargs)
         return _FUNCTIONS.get(func, func)(*args, **kwargs)

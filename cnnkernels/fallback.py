@@ -208,9 +208,9 @@ def max_pool2d_gather(
     dilation: Size2 = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Reads input at each window's winner, 0 where there is none: the adjoint of :func:`max_pool2d_backward`.
+    """Reads input at each window's winner, 0 where there is none.
 
-    The result has argmax's memory format.
+    It is the adjoint of :func:`max_pool2d_backward`. The result has argmax's memory format.
     """
     clipped = _without_winner(argmax, kernel_size)
     indices = argmax_to_indices(argmax, input.shape[-1], kernel_size, stride, padding, dilation)

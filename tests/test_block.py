@@ -10,7 +10,7 @@ from accuracy import compare
 from conftest import runs_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnnkernels import functional
