@@ -1,9 +1,8 @@
 #include "kernels/conv2d.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
+#include "kernels/cpu/conv2d_depthwise.h"
 #include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_outer_product.h"
 #include "kernels/cpu/gradient_phase.h"
@@ -104,10 +103,30 @@ bool forward_in_place(const Conv2dProblem& problem) {
          packed.rows <= problem.in_height && packed.row_length <= problem.in_width;
 }
 
+// A pass that gives `rows` rows of an image.
+Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, int64_t rows) {
+  Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::depthwise, isa, threads, 0, 1, rows);
+  plan.images_per_chunk = problem.batch;
+  plan.rows_per_task = problem.layout == Layout::nhwc
+                           ? std::max<int64_t>(1, rows_per_task(rows, problem.batch, plan.threads))
+                           : rows;
+  plan.in_place = problem.layout == Layout::nhwc;
+  plan.workspace_bytes = 0;
+  return plan;
+}
+
 }  // namespace
+
+bool depthwise_applies(const Conv2dProblem& problem, Isa isa) {
+  return problem.groups == problem.in_channels && problem.groups == problem.out_channels &&
+         (problem.layout == Layout::nchw || problem.groups >= lanes_of(problem, isa));
+}
 
 Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                         int threads) {
+  if (algorithm == ConvAlgorithm::depthwise) {
+    return plan_depthwise(problem, isa, threads, problem.out_height);
+  }
   if (algorithm == ConvAlgorithm::outer_product) {
     const bool in_place = forward_in_place(problem);
     Conv2dPlan plan =
@@ -135,6 +154,9 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
 
 Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                                int threads) {
+  if (algorithm == ConvAlgorithm::depthwise) {
+    return plan_depthwise(problem, isa, threads, problem.in_height);
+  }
   const GradientBorder rows =
       gradient_border(problem.in_height, problem.kernel_height, problem.stride_h, problem.pad_top,
                       problem.dilation_h);
@@ -160,6 +182,9 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
 
 Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                                 int threads) {
+  if (algorithm == ConvAlgorithm::depthwise) {
+    return plan_depthwise(problem, isa, threads, problem.out_height);
+  }
   const int64_t group_out = problem.out_channels / problem.groups;
   const bool outer = algorithm == ConvAlgorithm::outer_product;
   const bool in_place = outer && forward_in_place(problem);
@@ -185,12 +210,18 @@ ConvAlgorithm cheaper_forward(const Conv2dProblem& problem, Isa isa, int64_t row
 }
 
 Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
+  if (depthwise_applies(problem, isa)) {
+    return plan_forward(problem, ConvAlgorithm::depthwise, isa, threads);
+  }
   return plan_forward(problem,
                       cheaper_forward(problem, isa, problem.out_height, problem.out_width, 1), isa,
                       threads);
 }
 
 Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  if (depthwise_applies(problem, isa)) {
+    return plan_input_gradient(problem, ConvAlgorithm::depthwise, isa, threads);
+  }
   // One residue class: its pixels, and those of the taps that reach it.
   const Pass pass = {
       problem.out_channels / problem.groups * ceil_div(problem.kernel_height, problem.stride_h) *
@@ -201,6 +232,9 @@ Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int
 }
 
 Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  if (depthwise_applies(problem, isa)) {
+    return plan_weight_gradient(problem, ConvAlgorithm::depthwise, isa, threads);
+  }
   const int64_t lanes = lanes_of(problem, isa);
   const int64_t group_out = problem.out_channels / problem.groups;
   const double pairs = static_cast<double>(problem.in_channels / problem.groups *
@@ -251,14 +285,20 @@ PlaneSource plane_source(Layout layout, int64_t channels, int64_t height, int64_
 
 void conv2d_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                     const void* input, const void* weight, const void* bias, void* output) {
-  const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_forward
-                                                           : conv2d_outer_product_forward;
+  const auto run = plan.algorithm == ConvAlgorithm::direct          ? conv2d_direct_forward
+                   : plan.algorithm == ConvAlgorithm::outer_product ? conv2d_outer_product_forward
+                                                                    : conv2d_depthwise_forward;
   run(problem, plan, pool, input, weight, bias, output);
 }
 
 void conv2d_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
                            const ThreadPool& pool, const void* grad_output, const void* weight,
                            void* grad_input) {
+  if (plan.algorithm == ConvAlgorithm::depthwise) {
+    conv2d_depthwise_backward(problem, plan, pool, grad_output, nullptr, weight, grad_input,
+                              nullptr);
+    return;
+  }
   const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_input_gradient
                                                            : conv2d_outer_product_input_gradient;
   run(problem, plan, pool, grad_output, weight, grad_input);
@@ -267,6 +307,11 @@ void conv2d_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
 void conv2d_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
                             const ThreadPool& pool, const void* grad_output, const void* input,
                             void* grad_weight) {
+  if (plan.algorithm == ConvAlgorithm::depthwise) {
+    conv2d_depthwise_backward(problem, plan, pool, grad_output, input, nullptr, nullptr,
+                              grad_weight);
+    return;
+  }
   const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_weight_gradient
                                                            : conv2d_outer_product_weight_gradient;
   run(problem, plan, pool, grad_output, input, grad_weight);
@@ -281,6 +326,11 @@ void conv2d_forward(const Conv2dProblem& problem, Isa isa, const ThreadPool& poo
 void conv2d_backward(const Conv2dProblem& problem, Isa isa, const ThreadPool& pool,
                      const void* grad_output, const void* input, const void* weight,
                      void* grad_input, void* grad_weight, void* grad_bias) {
+  if (grad_input != nullptr && grad_weight != nullptr && depthwise_applies(problem, isa)) {
+    conv2d_depthwise_backward(problem, plan_conv2d_weight_gradient(problem, isa, pool.threads),
+                              pool, grad_output, input, weight, grad_input, grad_weight);
+    grad_input = grad_weight = nullptr;
+  }
   if (grad_input != nullptr) {
     conv2d_input_gradient(problem, plan_conv2d_input_gradient(problem, isa, pool.threads), pool,
                           grad_output, weight, grad_input);

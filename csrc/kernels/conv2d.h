@@ -35,10 +35,18 @@ struct Conv2dProblem {
 enum class ConvAlgorithm : uint8_t {
   direct,         // vectors along the rows: conv2d_direct.inl, conv2d_weight_gradient.inl
   outer_product,  // vectors along the channels: conv2d_outer_product.inl
+  depthwise,      // a channel a group: conv2d_depthwise.inl
 };
 
 inline const char* algorithm_name(ConvAlgorithm algorithm) {
-  return algorithm == ConvAlgorithm::direct ? "direct" : "outer product";
+  switch (algorithm) {
+    case ConvAlgorithm::direct:
+      return "direct";
+    case ConvAlgorithm::outer_product:
+      return "outer product";
+    default:
+      return "depthwise";
+  }
 }
 
 // Which algorithm runs and how it is cut up; a pure function of the problem,
@@ -58,6 +66,10 @@ struct Conv2dPlan {
 Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads);
 Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads);
 Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads);
+
+// Whether the depthwise kernels take a problem: one channel a group, and, in
+// NHWC, at least a vector of them.
+bool depthwise_applies(const Conv2dProblem& problem, Isa isa);
 
 // The same for an algorithm that is given; a planner chooses between these.
 Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,

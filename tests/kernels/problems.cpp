@@ -56,7 +56,7 @@ Conv2dProblem draw_conv2d(Random& random) {
       group_out = random.between(20, 60);
       break;
     case 2:  // depthwise
-      p.groups = random.between(5, 20);
+      p.groups = random.between(5, 40);
       group_in = group_out = 1;
       break;
     case 3:  // more taps than are summed at once

@@ -138,6 +138,21 @@ CNNK_INLINE Vec<Accumulator<T>> load_first(const T* p, int64_t n, Accumulator<T>
   return load(lanes);
 }
 
+// The same with zeros, without reading what follows.
+template <class T>
+CNNK_INLINE Vec<Accumulator<T>> load_head(const T* p, int64_t n) {
+  return load_first(p, n, Accumulator<T>{0});
+}
+CNNK_INLINE Vec<float> load_head(const float* p, int64_t n) {
+#if CNNK_TIER_ID == 1
+  return (Vec<float>)_mm256_maskload_ps(p, (__m256i)first_lanes<float>(n));
+#elif CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  return load_first(p, n, 0.0f);
+#endif
+}
+
 template <class T>
 CNNK_INLINE void store_first(T* p, Vec<Accumulator<T>> v, int64_t n, int64_t step = 1) {
   Accumulator<T> lanes[kLanes<Accumulator<T>>];
@@ -193,6 +208,8 @@ CNNK_INLINE Vec<A> rounded(DType dtype, Vec<A> v) {
 CNNK_INLINE void store_head(float* p, Vec<float> v, int64_t n) {
 #if CNNK_TIER_ID == 1
   _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(n), (__m256)v);
+#elif CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
 #else
   store_first(p, v, n);
 #endif

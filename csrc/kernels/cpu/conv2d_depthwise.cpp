@@ -1,0 +1,53 @@
+#include "kernels/cpu/conv2d_depthwise.h"
+
+#include "kernels/cpu/conv2d_direct.h"
+
+#define CNNK_TIER_SOURCE "kernels/cpu/conv2d_depthwise.inl"
+#include "kernels/cpu/for_each_tier.h"
+
+namespace cnnkernels {
+
+DepthwisePasses depthwise_forward_passes(const Conv2dProblem& p) {
+  return {{forward_axis(p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top,
+                        p.dilation_h)},
+          {forward_axis(p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left,
+                        p.dilation_w)}};
+}
+
+DepthwisePasses depthwise_gradient_passes(const Conv2dProblem& p) {
+  return {
+      gradient_axis(p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top,
+                    p.dilation_h),
+      gradient_axis(p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left, p.dilation_w)};
+}
+
+int64_t depthwise_gradient_chunks(const Conv2dProblem& problem) {
+  const int64_t rows = problem.batch * problem.out_height;
+  return std::clamp<int64_t>(problem.multiply_adds() / kSerialMultiplyAdds, 1,
+                             std::min<int64_t>(rows, 32));
+}
+
+void conv2d_depthwise_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                              const ThreadPool& pool, const void* input, const void* weight,
+                              const void* bias, void* output) {
+  with_dtype(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = problem.layout == Layout::nhwc ? CNNK_TIER_FUNCTION(plan.isa, nhwc_forward<T>)
+                                                    : CNNK_TIER_FUNCTION(plan.isa, nchw_forward<T>);
+    run(problem, plan, pool, input, weight, bias, output);
+  });
+}
+
+void conv2d_depthwise_backward(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                               const ThreadPool& pool, const void* grad_output, const void* input,
+                               const void* weight, void* grad_input, void* grad_weight) {
+  with_dtype(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = problem.layout == Layout::nhwc
+                         ? CNNK_TIER_FUNCTION(plan.isa, nhwc_backward<T>)
+                         : CNNK_TIER_FUNCTION(plan.isa, nchw_backward<T>);
+    run(problem, plan, pool, grad_output, input, weight, grad_input, grad_weight);
+  });
+}
+
+}  // namespace cnnkernels

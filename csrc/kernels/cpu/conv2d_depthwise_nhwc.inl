@@ -1,0 +1,274 @@
+// Depthwise convolution of pixels of channels: vectors along the channels.
+//
+// Forward and input gradient hold the sums of 8 neighbouring pixels; a tap loads
+// its vector of weights once and 8 of the source, which no border has been
+// written around: a row is cut into segments whose pixels read the same taps.
+// That is a load a multiply-add, the rate at which a core does both, and more
+// than its share of the memory feeds. The weight gradient holds the sums of nine
+// taps over a row.
+//
+// The backward pass goes over the output's gradient once, row by row, and gives
+// both gradients while the rows it reads are in the second-level cache.
+
+// Vectors that cover `channels`: the last is moved back to end with them.
+template <class A, class Body>
+CNNK_INLINE void for_each_channel_vector(int64_t channels, Body&& body) {
+  int64_t c = 0;
+  for (; c + kLanes<A> < channels; c += kLanes<A>) body(c);
+  body(channels - kLanes<A>);
+}
+
+template <class T>
+struct NhwcRow {
+  const T* source;                // of the image
+  int64_t source_row;             // elements from one row to the next
+  const Accumulator<T>* weights;  // [tap][channel]
+  const Accumulator<T>* bias;     // or null
+  int64_t channels, kernel_width;
+};
+
+// Pixels j, …, j + P - 1 of a destination row, all of which read these taps.
+template <class T, int P>
+CNNK_INLINE void nhwc_pixels(const NhwcRow<T>& row, const std::vector<AxisTap>& row_taps, int64_t y,
+                             int64_t row_step, const std::vector<AxisTap>& column_taps, int64_t j,
+                             int64_t column_step, T* out, int64_t out_pixel) {
+  using A = Accumulator<T>;
+  const int64_t channels = row.channels;
+  const int64_t pixel = column_step * channels;
+  const T* const source = row.source + j * pixel;
+  for_each_channel_vector<A>(channels, [&](int64_t c) {
+    Vec<A> sum[P];
+    const Vec<A> start = row.bias != nullptr ? load(row.bias + c) : Vec<A>{};
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) sum[p] = start;
+    for (const AxisTap& r : row_taps) {
+      if (y < r.begin || y >= r.end) continue;
+      const T* const source_row = source + (y * row_step + r.source) * row.source_row + c;
+      const A* const weights = row.weights + r.kernel_index * row.kernel_width * channels + c;
+      for (const AxisTap& s : column_taps) {
+        const Vec<A> w = load(weights + s.kernel_index * channels);
+        const T* const from = source_row + s.source * channels;
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) sum[p] += w * load_widened(from + p * pixel);
+      }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) store_narrowed(out + p * out_pixel + c, sum[p]);
+  });
+}
+
+// Destination row y of an image; `out` is its first element.
+template <class T>
+void nhwc_row(const NhwcRow<T>& row, const DepthwisePasses& passes, int64_t y, T* out) {
+  const int64_t classes = static_cast<int64_t>(passes.rows.size());
+  const AxisPass& rows = passes.rows[static_cast<size_t>(y % classes)];
+  for (const AxisPass& columns : passes.columns) {
+    const int64_t out_pixel = columns.stride * row.channels;
+    for (const AxisSegment& segment : columns.segments) {
+      for_each_pixel_tile(segment.begin, segment.end, [&](int64_t j, auto pixels) {
+        nhwc_pixels<T, decltype(pixels)::value>(
+            row, rows.taps, y / classes, rows.step, segment.taps, j, columns.step,
+            out + columns.first * row.channels + j * out_pixel, out_pixel);
+      });
+    }
+  }
+}
+
+// Weights as [tap][channel].
+template <class T>
+void pack_taps(const Conv2dProblem& problem, const void* weight, Accumulator<T>* to) {
+  for (int64_t r = 0; r < problem.kernel_height; ++r) {
+    for (int64_t s = 0; s < problem.kernel_width; ++s) {
+      for (int64_t k = 0; k < problem.out_channels; ++k) {
+        *to++ = weight_at<T>(problem, weight, k, r, s);
+      }
+    }
+  }
+}
+
+template <class T>
+void nhwc_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+                  const void* input, const void* weight, const void* bias_data, void* output) {
+  using A = Accumulator<T>;
+  const int64_t channels = problem.out_channels;
+  const int64_t taps = problem.kernel_height * problem.kernel_width;
+  const Workspace workspace((taps + 1) * channels * static_cast<int64_t>(sizeof(A)));
+  A* const weights = workspace.as<A>();
+  pack_taps<T>(problem, weight, weights);
+  const A* bias = nullptr;
+  if (bias_data != nullptr) {
+    widen_row(static_cast<const T*>(bias_data), weights + taps * channels, channels);
+    bias = weights + taps * channels;
+  }
+  const DepthwisePasses passes = depthwise_forward_passes(problem);
+  const int64_t in_row = problem.in_width * channels;
+  const int64_t out_row = problem.out_width * channels;
+  const int64_t rows = problem.out_height;
+  const int64_t blocks = ceil_div(rows, plan.rows_per_task);
+  parallel_for(pool, problem.batch * blocks, plan.threads == 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / blocks;
+      const int64_t y0 = task % blocks * plan.rows_per_task;
+      const NhwcRow<T> row = {static_cast<const T*>(input) + image * problem.in_height * in_row,
+                              in_row,
+                              weights,
+                              bias,
+                              channels,
+                              problem.kernel_width};
+      for (int64_t y = y0; y < std::min(rows, y0 + plan.rows_per_task); ++y) {
+        nhwc_row(row, passes, y, static_cast<T*>(output) + (image * rows + y) * out_row);
+      }
+    }
+  });
+}
+
+// sums[tap][slot] += the products of an output row's gradients with the taps'
+// sources; a slot is a lane of a vector of channels. All columns in
+// [inside_begin, inside_end) read all taps.
+template <class T, int Taps>
+CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, int64_t channels,
+                                  int64_t columns, int64_t inside_begin, int64_t inside_end,
+                                  int64_t column_step, int64_t c, Accumulator<T>* sums,
+                                  int64_t slots) {
+  using A = Accumulator<T>;
+  const int64_t pixel = column_step * channels;
+  Vec<A> sum[Taps];
+  const T* source[Taps];
+#pragma GCC unroll 9
+  for (int t = 0; t < Taps; ++t) {
+    sum[t] = load(sums + taps[t].weight * slots);
+    source[t] = taps[t].source + c;
+  }
+  const auto border = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const Vec<A> g = load_widened(gradient + j * channels + c);
+#pragma GCC unroll 9
+      for (int t = 0; t < Taps; ++t) {
+        if (j >= taps[t].begin && j < taps[t].end) {
+          sum[t] += g * load_widened(source[t] + j * pixel);
+        }
+      }
+    }
+  };
+  border(0, inside_begin);
+  for (int64_t j = inside_begin; j < inside_end; ++j) {
+    const Vec<A> g = load_widened(gradient + j * channels + c);
+#pragma GCC unroll 9
+    for (int t = 0; t < Taps; ++t) sum[t] += g * load_widened(source[t] + j * pixel);
+  }
+  border(inside_end, columns);
+#pragma GCC unroll 9
+  for (int t = 0; t < Taps; ++t) store(sums + taps[t].weight * slots, sum[t]);
+}
+
+template <class T>
+void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+                   const void* grad_output_data, const void* input_data, const void* weight,
+                   void* grad_input_data, void* grad_weight_data) {
+  using A = Accumulator<T>;
+  // Sums move to double after so many rows.
+  constexpr int64_t kRowsPerSum = 16;
+  const int64_t channels = problem.out_channels;
+  const int64_t taps = problem.kernel_height * problem.kernel_width;
+  const int64_t slots = round_up(channels, kLanes<A>);
+  const int64_t in_row = problem.in_width * channels;
+  const int64_t out_row = problem.out_width * channels;
+  const int64_t out_rows = problem.out_height;
+  const bool wants_input = grad_input_data != nullptr, wants_weight = grad_weight_data != nullptr;
+
+  const int64_t chunks = depthwise_gradient_chunks(problem);
+  const Workspace weights_workspace(taps * channels * static_cast<int64_t>(sizeof(A)));
+  A* const weights = weights_workspace.as<A>();
+  if (wants_input) pack_taps<T>(problem, weight, weights);
+  const int64_t table = taps * slots;
+  const Workspace totals_workspace(
+      wants_weight ? chunks * table * static_cast<int64_t>(sizeof(double)) : 0);
+  double* const totals = totals_workspace.as<double>();
+
+  const DepthwisePasses to_input = depthwise_gradient_passes(problem);
+  const DepthwisePasses to_output = depthwise_forward_passes(problem);
+  const AxisPass& rows = to_output.rows[0];
+  const AxisPass& columns = to_output.columns[0];
+  int64_t inside_begin = 0, inside_end = columns.count;
+  for (const AxisTap& s : columns.taps) {
+    inside_begin = std::max(inside_begin, s.begin);
+    inside_end = std::min(inside_end, s.end);
+  }
+  inside_end = std::max(inside_begin, inside_end);
+
+  const int64_t all_rows = problem.batch * out_rows;
+  parallel_for(pool, chunks, plan.threads == 1, [&](int64_t begin, int64_t end) {
+    const Workspace sums_workspace(table * static_cast<int64_t>(sizeof(A)));
+    A* const sums = sums_workspace.as<A>();
+    std::vector<PlaneTap<T>> row_taps;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      double* const chunk_totals = totals + chunk * table;
+      if (wants_weight) {
+        std::fill_n(sums, table, A{0});
+        std::fill_n(chunk_totals, table, 0.0);
+      }
+      const auto add_sums = [&] {
+        for (int64_t i = 0; i < table; ++i) chunk_totals[i] += sums[i];
+        std::fill_n(sums, table, A{0});
+      };
+      const int64_t first = all_rows * chunk / chunks, last = all_rows * (chunk + 1) / chunks;
+      for (int64_t index = first; index < last; ++index) {
+        const int64_t image = index / out_rows, y = index % out_rows;
+        const T* const gradients =
+            static_cast<const T*>(grad_output_data) + image * out_rows * out_row;
+        if (wants_input) {
+          // The input rows of an output row: a stride's worth; the last has the rest.
+          const NhwcRow<T> row = {gradients, out_row,  weights,
+                                  nullptr,   channels, problem.kernel_width};
+          const int64_t i0 = std::min(problem.in_height, y * problem.stride_h);
+          const int64_t i1 = y == out_rows - 1
+                                 ? problem.in_height
+                                 : std::min(problem.in_height, (y + 1) * problem.stride_h);
+          for (int64_t i = i0; i < i1; ++i) {
+            nhwc_row(row, to_input, i,
+                     static_cast<T*>(grad_input_data) + (image * problem.in_height + i) * in_row);
+          }
+        }
+        if (!wants_weight) continue;
+        row_taps.clear();
+        const T* const images =
+            static_cast<const T*>(input_data) + image * problem.in_height * in_row;
+        for (const AxisTap& r : rows.taps) {
+          if (y < r.begin || y >= r.end) continue;
+          for (const AxisTap& s : columns.taps) {
+            row_taps.push_back({images + (y * rows.step + r.source) * in_row + s.source * channels,
+                                r.kernel_index * problem.kernel_width + s.kernel_index, s.begin,
+                                s.end});
+          }
+        }
+        int64_t slot = 0;
+        for_each_channel_vector<A>(channels, [&](int64_t c) {
+          for_each_tap_tile(static_cast<int64_t>(row_taps.size()), [&](int64_t t, auto tile) {
+            nhwc_weight_sums<T, decltype(tile)::value>(
+                row_taps.data() + t, gradients + y * out_row, channels, columns.count, inside_begin,
+                inside_end, columns.step, c, sums + slot, slots);
+          });
+          slot += kLanes<A>;
+        });
+        if ((index - first) % kRowsPerSum == kRowsPerSum - 1) add_sums();
+      }
+      if (wants_weight) add_sums();
+    }
+  });
+  if (!wants_weight) return;
+  for (int64_t i = 0; i < table; ++i) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) totals[i] += totals[chunk * table + i];
+  }
+  for (int64_t k = 0; k < channels; ++k) {
+    // The last vector's lanes are those of the last channels.
+    const int64_t whole = slots - kLanes<A>;
+    const int64_t slot = k < whole ? k : k - (channels - kLanes<A>)+whole;
+    T* const to = static_cast<T*>(grad_weight_data) + k * problem.weight_stride_k;
+    for (int64_t r = 0; r < problem.kernel_height; ++r) {
+      for (int64_t s = 0; s < problem.kernel_width; ++s) {
+        to[r * problem.weight_stride_r + s * problem.weight_stride_s] =
+            narrow<T>(static_cast<A>(totals[(r * problem.kernel_width + s) * slots + slot]));
+      }
+    }
+  }
+}
