@@ -24,7 +24,7 @@ DepthwisePasses depthwise_gradient_passes(const Conv2dProblem& p) {
 int64_t depthwise_gradient_chunks(const Conv2dProblem& problem) {
   const int64_t rows = problem.batch * problem.out_height;
   return std::clamp<int64_t>(problem.multiply_adds() / kSerialMultiplyAdds, 1,
-                             std::min<int64_t>(rows, 32));
+                             std::clamp<int64_t>(rows, 1, 32));
 }
 
 void conv2d_depthwise_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
