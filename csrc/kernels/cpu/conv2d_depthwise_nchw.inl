@@ -25,6 +25,31 @@ inline PackedPlanes packed_columns(const std::vector<AxisPass>& passes, int64_t 
   return packed;
 }
 
+// pack_planes for one plane whose columns are not split: small planes are many, and
+// its generality would cost more than their convolution.
+template <class T>
+CNNK_INLINE void pack_plane(const T* plane, const PlaneSource& source, const PackedPlanes& packed,
+                            Accumulator<T>* out) {
+  using A = Accumulator<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  if (packed.phases != 1 || source.width > 8 * lanes) {
+    pack_planes(plane, source, 1, packed, A{0}, out);
+    return;
+  }
+  const int64_t copied = std::min(source.width, packed.row_length - packed.left);
+  const int64_t whole = copied / lanes * lanes;
+  for (int64_t y = 0; y < packed.rows; ++y, plane += source.width, out += packed.row_length) {
+    for (int64_t i = 0; i < packed.left; ++i) out[i] = A{0};
+    A* const to = out + packed.left;
+    for (int64_t i = 0; i < whole; i += lanes) store(to + i, load_widened(plane + i));
+    // A vector may reach past the row: what it overwrites there is written later.
+    if (whole < copied) store(to + whole, load_head(plane + whole, copied - whole));
+    for (int64_t i = packed.left + round_up(copied, lanes); i < packed.row_length; ++i) {
+      out[i] = A{0};
+    }
+  }
+}
+
 // A packed plane may be read up to a vector past its end.
 template <class A>
 int64_t packed_size(const PackedPlanes& packed) {
@@ -197,7 +222,7 @@ void nchw_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const Th
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i % channels;
       channel_weights<T>(problem, weight, k, weights);
-      pack_planes(static_cast<const T*>(input) + i * in_plane, source, 1, geometry, A{0}, packed);
+      pack_plane(static_cast<const T*>(input) + i * in_plane, source, geometry, packed);
       const A channel_bias = bias == nullptr ? A{0} : widen(static_cast<const T*>(bias)[k]);
       nchw_plane<T>({packed, geometry, passes, weights, problem.kernel_width, channel_bias},
                     problem.out_height, problem.out_width, taps, nullptr,
@@ -284,14 +309,14 @@ void nchw_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
         const int64_t plane = n * channels + k;
         const T* const gradient = static_cast<const T*>(grad_output_data) + plane * out_plane;
         if (wants_input) {
-          pack_planes(gradient, out_source, 1, gradient_geometry, A{0}, packed);
+          pack_plane(gradient, out_source, gradient_geometry, packed);
           nchw_plane<T>({packed, gradient_geometry, to_input, weights, problem.kernel_width, A{0}},
                         problem.in_height, problem.in_width, taps, scratch,
                         static_cast<T*>(grad_input_data) + plane * in_plane);
         }
         if (!wants_weight) continue;
-        pack_planes(static_cast<const T*>(input_data) + plane * in_plane, in_source, 1, geometry,
-                    A{0}, packed);
+        pack_plane(static_cast<const T*>(input_data) + plane * in_plane, in_source, geometry,
+                   packed);
         for (const AxisSegment& segment : rows.segments) {
           plane_taps(packed, geometry, problem.kernel_width, segment, to_output.columns[0], taps);
           for_each_tap_tile(static_cast<int64_t>(taps.size()), [&](int64_t t, auto tile) {
