@@ -10,6 +10,7 @@ from accuracy import compare
 from conftest import runs_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
 from cnnkernels import explain, functional, get_backend
@@ -245,3 +246,30 @@ def test_other_dtypes_go_to_aten() -> None:
         input = torch.ones(1, 2, 5, 5, dtype=dtype)
         weight = torch.ones(3, 2, 3, 3, dtype=dtype)
         assert torch.equal(functional.conv2d(input, weight), F.conv2d(input, weight))
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "groups"), [(2, 4, 1), (4, 48, 1), (32, 32, 32)], ids=str
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_sums_over_many_pixels(
+    channels: int, filters: int, groups: int, memory_format: torch.memory_format
+) -> None:
+    """Gradients of one sign, where the rounding of a long sum shows."""
+    image = torch.rand(1, channels, 160, 160).contiguous(memory_format=memory_format)
+    gradient = torch.rand(1, filters, 158, 158).contiguous(memory_format=memory_format)
+    weight, bias = torch.rand(filters, channels // groups, 3, 3), torch.rand(filters)
+
+    def gradients(conv2d: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (weight, bias)]
+        output = conv2d(image.to(dtype), *leaves, groups=groups)
+        return torch.autograd.grad(output, leaves, gradient.to(dtype))
+
+    for exact, theirs, ours in zip(
+        gradients(F.conv2d, torch.float64),
+        gradients(F.conv2d, torch.float32),
+        gradients(functional.conv2d, torch.float32),
+        strict=True,
+    ):
+        error, peer = ((t.double() - exact).norm() / exact.norm() for t in (ours, theirs))
+        assert error <= max(2 * peer, torch.finfo(torch.float32).eps / 2)

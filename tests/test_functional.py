@@ -12,7 +12,7 @@ from conftest import runs_kernel
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnnkernels import functional
+from cnnkernels import explain, functional, is_native_available
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -311,6 +311,8 @@ def test_sizes_that_overflow_are_refused(backend: str, kwargs: dict[str, int]) -
 def test_a_border_that_dwarfs_the_image_is_left_to_aten() -> None:
     image, weight = _image(1, 3, 5, 5).requires_grad_(), _image(2, 3, 3, 3)
     kwargs = {"stride": 1000, "padding": 2000, "dilation": 1500}
+    if is_native_available():
+        assert explain(functional.conv2d, image, weight, **kwargs)["algorithm"] == "aten"
     output = functional.conv2d(image, weight, **kwargs)
     expected = F.conv2d(image, weight, **kwargs)
     torch.testing.assert_close(output, expected)

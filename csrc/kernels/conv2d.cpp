@@ -1,3 +1,5 @@
+// Plans of convolution: which algorithm, by an estimate of its cycles, and how the
+// work is cut; and the way from a plan to its kernel.
 #include "kernels/conv2d.h"
 
 #include <algorithm>
@@ -103,15 +105,21 @@ bool forward_in_place(const Conv2dProblem& problem) {
          packed.rows <= problem.in_height && packed.row_length <= problem.in_width;
 }
 
-// A pass that gives `rows` rows of an image.
-Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, int64_t rows) {
+// A pass that gives `rows` rows of an image of `source_rows`. What is packed: the
+// weights in NHWC, a plane a thread in NCHW.
+Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, int64_t rows,
+                          const DepthwisePasses& passes, int64_t source_rows) {
   Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::depthwise, isa, threads, 0, 1, rows);
   plan.images_per_chunk = problem.batch;
   plan.rows_per_task = problem.layout == Layout::nhwc
                            ? std::max<int64_t>(1, rows_per_task(rows, problem.batch, plan.threads))
                            : rows;
   plan.in_place = problem.layout == Layout::nhwc;
-  plan.workspace_bytes = 0;
+  plan.workspace_bytes =
+      accumulator_size(problem.dtype) *
+      (problem.layout == Layout::nhwc
+           ? problem.out_channels * problem.kernel_height * problem.kernel_width
+           : plan.threads * depthwise_packed_plane(passes.columns, source_rows).plane());
   return plan;
 }
 
@@ -125,7 +133,8 @@ bool depthwise_applies(const Conv2dProblem& problem, Isa isa) {
 Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                         int threads) {
   if (algorithm == ConvAlgorithm::depthwise) {
-    return plan_depthwise(problem, isa, threads, problem.out_height);
+    return plan_depthwise(problem, isa, threads, problem.out_height,
+                          depthwise_forward_passes(problem), problem.in_height);
   }
   if (algorithm == ConvAlgorithm::outer_product) {
     const bool in_place = forward_in_place(problem);
@@ -155,7 +164,8 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
 Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                                int threads) {
   if (algorithm == ConvAlgorithm::depthwise) {
-    return plan_depthwise(problem, isa, threads, problem.in_height);
+    return plan_depthwise(problem, isa, threads, problem.in_height,
+                          depthwise_gradient_passes(problem), problem.out_height);
   }
   const GradientBorder rows =
       gradient_border(problem.in_height, problem.kernel_height, problem.stride_h, problem.pad_top,
@@ -183,7 +193,8 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
 Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                                 int threads) {
   if (algorithm == ConvAlgorithm::depthwise) {
-    return plan_depthwise(problem, isa, threads, problem.out_height);
+    return plan_depthwise(problem, isa, threads, problem.out_height,
+                          depthwise_forward_passes(problem), problem.in_height);
   }
   const int64_t group_out = problem.out_channels / problem.groups;
   const bool outer = algorithm == ConvAlgorithm::outer_product;

@@ -135,7 +135,13 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
         arguments.padding, arguments.dilation, false, {0, 0}, groups, output_mask);
     return {unbatched(grad_input), grad_weight, grad_bias};
   };
-  if (!conv2d_not_native(input, weight, grad_output).empty()) return through_aten();
+  TORCH_CHECK(grad_output.device() == input.device(),
+              "conv2d_backward: grad_output and input must be on the same device, but got "
+              "grad_output on ",
+              grad_output.device(), " and input on ", input.device());
+  if (!conv2d_not_native(input, weight, std::nullopt).empty() || !not_native(grad_output).empty()) {
+    return through_aten();
+  }
   check_input_dimensions("conv2d_backward", input);
   Conv2dProblem problem = conv_problem("conv2d_backward", images, weight, std::nullopt, arguments);
   if (mostly_border(problem)) return through_aten();

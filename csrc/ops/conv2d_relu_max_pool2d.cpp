@@ -209,7 +209,8 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const BlockArguments arguments =
       block_arguments(op, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
                       pool_padding, pool_dilation, pool_ceil_mode);
-  const std::string reason = block_not_native(input, weight, grad_output, arguments);
+  std::string reason = block_not_native(input, weight, std::nullopt, arguments);
+  if (reason.empty()) reason = not_native(grad_output);
   TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
   check_input_dimensions(op, input);
   const int64_t dimensions = input.dim();

@@ -21,6 +21,19 @@ DepthwisePasses depthwise_gradient_passes(const Conv2dProblem& p) {
       gradient_axis(p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left, p.dilation_w)};
 }
 
+PackedPlanes depthwise_packed_plane(const std::vector<AxisPass>& columns, int64_t rows) {
+  PackedPlanes packed = {0, 0, rows, columns[0].step, 1};
+  int64_t last = 0;
+  for (const AxisPass& pass : columns) {
+    for (const AxisTap& tap : pass.taps) {
+      packed.left = std::max(packed.left, -tap.source);
+      last = std::max(last, (pass.count - 1) * pass.step + tap.source);
+    }
+  }
+  packed.row_length = ceil_div(last + packed.left + 1, packed.phases);
+  return packed;
+}
+
 int64_t depthwise_gradient_chunks(const Conv2dProblem& problem) {
   const int64_t rows = problem.batch * problem.out_height;
   return std::clamp<int64_t>(problem.multiply_adds() / kSerialMultiplyAdds, 1,

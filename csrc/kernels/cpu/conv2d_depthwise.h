@@ -4,6 +4,7 @@
 
 #include "kernels/conv2d.h"
 #include "kernels/cpu/axis_pass.h"
+#include "kernels/cpu/packed_planes.h"
 
 namespace cnnkernels {
 
@@ -14,6 +15,10 @@ struct DepthwisePasses {
 };
 DepthwisePasses depthwise_forward_passes(const Conv2dProblem& problem);
 DepthwisePasses depthwise_gradient_passes(const Conv2dProblem& problem);
+
+// How a plane of `rows` rows is packed for passes over its columns: the border left
+// and right written out, the columns split by the passes' step.
+PackedPlanes depthwise_packed_plane(const std::vector<AxisPass>& columns, int64_t rows);
 
 // The weight gradient sums so many ranges of output rows on their own, a number
 // that no count of threads changes.

@@ -11,20 +11,6 @@
 
 #include "kernels/cpu/pack_planes.inl"
 
-// How the columns of a source plane are packed for some passes over them.
-inline PackedPlanes packed_columns(const std::vector<AxisPass>& passes, int64_t rows) {
-  PackedPlanes packed = {0, 0, rows, passes[0].step, 1};
-  int64_t last = 0;
-  for (const AxisPass& pass : passes) {
-    for (const AxisTap& tap : pass.taps) {
-      packed.left = std::max(packed.left, -tap.source);
-      last = std::max(last, (pass.count - 1) * pass.step + tap.source);
-    }
-  }
-  packed.row_length = ceil_div(last + packed.left + 1, packed.phases);
-  return packed;
-}
-
 // pack_planes for one plane whose columns are not split: small planes are many, and
 // its generality would cost more than their convolution.
 template <class T>
@@ -54,24 +40,6 @@ CNNK_INLINE void pack_plane(const T* plane, const PlaneSource& source, const Pac
 template <class A>
 int64_t packed_size(const PackedPlanes& packed) {
   return packed.plane() + kLanes<A>;
-}
-
-// Where results go: rows of T in place, or of accumulators still to be
-// interleaved.
-template <class T>
-CNNK_INLINE void store_span(T* to, Vec<Accumulator<T>> v, int64_t count) {
-  if (count == kLanes<Accumulator<T>>) {
-    store_narrowed(to, v);
-  } else {
-    store_first(to, v, count);
-  }
-}
-CNNK_INLINE void store_span(float* to, Vec<float> v, int64_t count) {
-  if (count == kLanes<float>) {
-    store(to, v);
-  } else {
-    store_head(to, v, count);
-  }
 }
 
 // P vectors of results, numbered over the vectors of the rows of a segment, with
@@ -105,7 +73,13 @@ CNNK_INLINE void nchw_vectors(const A* packed, int64_t row_elements,
   }
   const int64_t count = std::min(lanes, width);
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) store_span(to[p], sum[p], count);
+  for (int p = 0; p < P; ++p) {
+    if (count == lanes) {
+      store_narrowed(to[p], sum[p]);
+    } else {
+      store_head(to[p], sum[p], count);
+    }
+  }
 }
 
 // One plane of one channel as it is convolved: its packed source, and the passes.
@@ -211,7 +185,7 @@ void nchw_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const Th
   const int64_t out_plane = problem.out_height * problem.out_width;
   const int64_t kernel = problem.kernel_height * problem.kernel_width;
   const DepthwisePasses passes = depthwise_forward_passes(problem);
-  const PackedPlanes geometry = packed_columns(passes.columns, problem.in_height);
+  const PackedPlanes geometry = depthwise_packed_plane(passes.columns, problem.in_height);
   const PlaneSource source = plane_source(Layout::nchw, 1, problem.in_height, problem.in_width);
   parallel_for(pool, problem.batch * channels, plan.threads == 1, [&](int64_t begin, int64_t end) {
     const Workspace workspace((packed_size<A>(geometry) + kernel) *
@@ -284,8 +258,9 @@ void nchw_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
   const DepthwisePasses to_input = depthwise_gradient_passes(problem);
   const DepthwisePasses to_output = depthwise_forward_passes(problem);
   const AxisPass& rows = to_output.rows[0];
-  const PackedPlanes gradient_geometry = packed_columns(to_input.columns, problem.out_height);
-  const PackedPlanes geometry = packed_columns(to_output.columns, problem.in_height);
+  const PackedPlanes gradient_geometry =
+      depthwise_packed_plane(to_input.columns, problem.out_height);
+  const PackedPlanes geometry = depthwise_packed_plane(to_output.columns, problem.in_height);
   const PlaneSource in_source = plane_source(Layout::nchw, 1, problem.in_height, problem.in_width);
   const PlaneSource out_source =
       plane_source(Layout::nchw, 1, problem.out_height, problem.out_width);

@@ -237,7 +237,7 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   }
 }
 
-// The sum of the output's gradient over images and pixels, in double.
+// The sum of the output's gradient over images and pixels: short chains, and double.
 template <class T>
 void bias_gradient(const Conv2dProblem& problem, const ThreadPool& pool,
                    const void* grad_output_data, void* grad_bias_data) {
@@ -255,10 +255,13 @@ void bias_gradient(const Conv2dProblem& problem, const ThreadPool& pool,
         double total = 0;
         for (int64_t n = 0; n < problem.batch; ++n) {
           const T* const plane = grad_output + (n * channels + k) * pixels;
-          Vec<A> sum{};
           int64_t i = 0;
-          for (; i + lanes <= pixels; i += lanes) sum += load_widened(plane + i);
-          total += sum_lanes<A>(sum);
+          while (i + lanes <= pixels) {
+            const int64_t last = std::min(pixels - lanes, i + (kSumLength - 1) * lanes);
+            Vec<A> sum{};
+            for (; i <= last; i += lanes) sum += load_widened(plane + i);
+            total += sum_lanes<A>(sum);
+          }
           for (; i < pixels; ++i) total += widen(plane[i]);
         }
         grad_bias[k] = narrow<T>(static_cast<A>(total));

@@ -214,7 +214,10 @@ CNNK_INLINE void store_head(float* p, Vec<float> v, int64_t n) {
   store_first(p, v, n);
 #endif
 }
-CNNK_INLINE void store_head(double* p, Vec<double> v, int64_t n) { store_first(p, v, n); }
+template <class T>
+CNNK_INLINE void store_head(T* p, Vec<Accumulator<T>> v, int64_t n) {
+  store_first(p, v, n);
+}
 
 // Stores the first `count` lanes from element `at` on, `step` elements apart.
 template <class A>
