@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/conv2d_amx.h"
 #include "kernels/cpu/conv2d_depthwise.h"
 #include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_outer_product.h"
@@ -91,6 +92,43 @@ ConvAlgorithm cheaper(const Pass& pass, const Conv2dProblem& problem, Isa isa) {
              : ConvAlgorithm::direct;
 }
 
+// A step of a block of 32 pixels, 32 channels and 32 deep, by the number of parts.
+double amx_block_cycles(const Conv2dProblem& problem) {
+  const int parts = amx_parts(problem);
+  return parts == 3 ? 400 : parts == 2 ? 220 : 100;
+}
+
+// The same for matrix tiles; `from` channels and `taps` make the steps.
+double amx_cost(const Pass& pass, const Conv2dProblem& problem, int64_t from, int64_t taps) {
+  const double pixels = static_cast<double>(round_up(pass.rows * pass.columns, 16));
+  const double channels = static_cast<double>(round_up(pass.channels, 16));
+  const double depth = static_cast<double>(round_up(from, kAmxDepth));
+  const double products = pixels / 32 * channels / 32 * depth / 32 * static_cast<double>(taps);
+  const double packing = pixels * depth * 0.6;
+  const double storing = pixels * channels * (problem.layout == Layout::nchw ? 0.5 : 0.35);
+  const double weights = channels * depth * static_cast<double>(taps) * 1.5;
+  const double call = 3000;
+  return products * amx_block_cycles(problem) + packing + storing +
+         (weights + call) / static_cast<double>(std::max<int64_t>(1, problem.batch));
+}
+
+// Whether matrix tiles take a problem.
+bool amx_takes(const Conv2dProblem& problem, Isa isa) {
+  return isa == Isa::amx && problem.dtype != DType::float64;
+}
+
+// The cheapest for a pass of `from` channels and `taps`.
+ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa, int64_t from,
+                       int64_t taps) {
+  const ConvAlgorithm best = cheaper(pass, problem, isa);
+  if (!amx_takes(problem, isa)) return best;
+  const int64_t lanes = lanes_of(problem, isa);
+  const double cost = best == ConvAlgorithm::direct
+                          ? direct_cost(pass, problem.layout, lanes)
+                          : outer_product_cost(pass, problem.layout, lanes, problem.batch);
+  return amx_cost(pass, problem, from, taps) < cost ? ConvAlgorithm::amx : best;
+}
+
 // Elements of the panels of a group's weights.
 int64_t panel_elements(const Conv2dProblem& problem, Isa isa, int64_t from_channels,
                        int64_t to_channels) {
@@ -123,7 +161,62 @@ Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, in
   return plan;
 }
 
+// What a thread packs of the source, and what all pack for the weight gradient: a
+// second-level cache's worth or two, beside the weights.
+constexpr int64_t kAmxChunkBytes = 1024 * 1024;
+constexpr int64_t kAmxGradientBytes = 4 * 1024 * 1024;
+
+// A pass on matrix tiles from `from` channels a group to `to`.
+Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Grid& grid,
+                    int64_t from, int64_t to) {
+  Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::amx, isa, threads, 0, to, 1);
+  const int64_t element = 2 * amx_parts(problem);
+  const int64_t position_bytes =
+      element * grid.residues() * problem.groups * round_up(from, kAmxDepth);
+  const GridChunk chunk =
+      grid_chunk(grid, problem.batch, position_bytes, kAmxChunkBytes, plan.threads);
+  plan.images_per_chunk = chunk.images;
+  plan.rows_per_task = chunk.rows;
+  // Where chunks are few, threads share their channels, and each packs them.
+  const int64_t chunks = ceil_div(problem.batch, chunk.images) *
+                         ceil_div(std::max<int64_t>(1, grid.rows.count), chunk.rows);
+  const int64_t blocks = ceil_div(to, kAmxBlock);
+  int64_t ranges = 1;
+  if (chunks % plan.threads != 0 && chunks < 4 * plan.threads) {
+    ranges = std::min<int64_t>(blocks, plan.threads);
+  }
+  plan.channels_per_task = ceil_div(blocks, ranges) * kAmxBlock;
+  plan.workspace_bytes =
+      plan.threads * position_bytes * grid.positions(chunk.images, chunk.rows) +
+      element * problem.groups * round_up(from, kAmxDepth) * round_up(to, 16) *
+          problem.kernel_height * problem.kernel_width;
+  return plan;
+}
+
+Conv2dPlan plan_amx_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  const Grid grid = forward_grid(problem);
+  Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::amx, isa, threads, 0, 1, 1);
+  const int64_t element = 2 * amx_parts(problem);
+  const int64_t group_in = problem.in_channels / problem.groups;
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const int64_t position_bytes = element * problem.groups *
+                                 (grid.residues() * round_up(group_in, 16) +
+                                  round_up(group_out, 16));
+  // The sums' order must not depend on the number of threads.
+  const GridChunk chunk = grid_chunk(grid, problem.batch, position_bytes, kAmxGradientBytes, 1);
+  plan.images_per_chunk = chunk.images;
+  plan.rows_per_task = chunk.rows;
+  plan.channels_per_task = kAmxBlock;
+  plan.workspace_bytes = position_bytes * grid.positions(chunk.images, chunk.rows) +
+                         4 * problem.groups * round_up(group_in, kAmxBlock) *
+                             round_up(group_out, kAmxBlock) * problem.kernel_height *
+                             problem.kernel_width;
+  return plan;
+}
+
 }  // namespace
+
+bool amx_applies(const Conv2dProblem& problem, Isa isa) { return amx_takes(problem, isa); }
 
 bool depthwise_applies(const Conv2dProblem& problem, Isa isa) {
   return problem.groups == problem.in_channels && problem.groups == problem.out_channels &&
@@ -135,6 +228,10 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.out_height,
                           depthwise_forward_passes(problem), problem.in_height);
+  }
+  if (algorithm == ConvAlgorithm::amx) {
+    return plan_amx(problem, isa, threads, forward_grid(problem),
+                    problem.in_channels / problem.groups, problem.out_channels / problem.groups);
   }
   if (algorithm == ConvAlgorithm::outer_product) {
     const bool in_place = forward_in_place(problem);
@@ -167,6 +264,10 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
     return plan_depthwise(problem, isa, threads, problem.in_height,
                           depthwise_gradient_passes(problem), problem.out_height);
   }
+  if (algorithm == ConvAlgorithm::amx) {
+    return plan_amx(problem, isa, threads, gradient_grid(problem),
+                    problem.out_channels / problem.groups, problem.in_channels / problem.groups);
+  }
   const GradientBorder rows =
       gradient_border(problem.in_height, problem.kernel_height, problem.stride_h, problem.pad_top,
                       problem.dilation_h);
@@ -196,6 +297,7 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
     return plan_depthwise(problem, isa, threads, problem.out_height,
                           depthwise_forward_passes(problem), problem.in_height);
   }
+  if (algorithm == ConvAlgorithm::amx) return plan_amx_weight_gradient(problem, isa, threads);
   const int64_t group_out = problem.out_channels / problem.groups;
   const bool outer = algorithm == ConvAlgorithm::outer_product;
   const bool in_place = outer && forward_in_place(problem);
@@ -224,9 +326,11 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
   if (depthwise_applies(problem, isa)) {
     return plan_forward(problem, ConvAlgorithm::depthwise, isa, threads);
   }
-  return plan_forward(problem,
-                      cheaper_forward(problem, isa, problem.out_height, problem.out_width, 1), isa,
-                      threads);
+  const int64_t taps = problem.kernel_height * problem.kernel_width;
+  const int64_t from = problem.in_channels / problem.groups;
+  const Pass pass = {from * taps, problem.out_channels / problem.groups, problem.out_height,
+                     problem.out_width};
+  return plan_forward(problem, cheapest(pass, problem, isa, from, taps), isa, threads);
 }
 
 Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
@@ -234,12 +338,14 @@ Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int
     return plan_input_gradient(problem, ConvAlgorithm::depthwise, isa, threads);
   }
   // One residue class: its pixels, and those of the taps that reach it.
+  const int64_t taps = ceil_div(problem.kernel_height, problem.stride_h) *
+                       ceil_div(problem.kernel_width, problem.stride_w);
+  const int64_t from = problem.out_channels / problem.groups;
   const Pass pass = {
-      problem.out_channels / problem.groups * ceil_div(problem.kernel_height, problem.stride_h) *
-          ceil_div(problem.kernel_width, problem.stride_w),
+      from * taps,
       problem.in_channels / problem.groups, ceil_div(problem.in_height, problem.stride_h),
       ceil_div(problem.in_width, problem.stride_w)};
-  return plan_input_gradient(problem, cheaper(pass, problem, isa), isa, threads);
+  return plan_input_gradient(problem, cheapest(pass, problem, isa, from, taps), isa, threads);
 }
 
 Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
@@ -257,6 +363,19 @@ Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, in
   const double outer =
       (0.62 * pairs + 8) *
       static_cast<double>(problem.out_height * problem.out_width * ceil_div(group_out, lanes));
+  if (amx_takes(problem, isa)) {
+    const double pixels =
+        static_cast<double>(round_up(problem.out_height * problem.out_width, kAmxDepth));
+    const double in = static_cast<double>(round_up(problem.in_channels / problem.groups, 16));
+    const double out = static_cast<double>(round_up(group_out, 16));
+    const double taps = static_cast<double>(problem.kernel_height * problem.kernel_width);
+    const double products = pixels / 32 * in / 32 * out / 32 * taps;
+    const double packing = pixels * (in + out) * 0.6;
+    const double call = (3000 + in * out * taps) / static_cast<double>(problem.batch);
+    if (products * amx_block_cycles(problem) + packing + call < std::min(outer, direct)) {
+      return plan_weight_gradient(problem, ConvAlgorithm::amx, isa, threads);
+    }
+  }
   return plan_weight_gradient(
       problem, outer < direct ? ConvAlgorithm::outer_product : ConvAlgorithm::direct, isa, threads);
 }
@@ -294,8 +413,25 @@ PlaneSource plane_source(Layout layout, int64_t channels, int64_t height, int64_
   return {height, width, 1, width * channels, channels};
 }
 
+namespace {
+
+// The plan for operands that are not finite, which have no parts.
+template <class Plan>
+Conv2dPlan plan_without_parts(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                              Plan&& plan_pass) {
+  return plan_pass(problem, ConvAlgorithm::outer_product, plan.isa, plan.threads);
+}
+
+}  // namespace
+
 void conv2d_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                     const void* input, const void* weight, const void* bias, void* output) {
+  if (plan.algorithm == ConvAlgorithm::amx) {
+    if (conv2d_amx_forward(problem, plan, pool, input, weight, bias, output)) return;
+    conv2d_forward(problem, plan_without_parts(problem, plan, plan_forward), pool, input, weight,
+                   bias, output);
+    return;
+  }
   const auto run = plan.algorithm == ConvAlgorithm::direct          ? conv2d_direct_forward
                    : plan.algorithm == ConvAlgorithm::outer_product ? conv2d_outer_product_forward
                                                                     : conv2d_depthwise_forward;
@@ -310,6 +446,12 @@ void conv2d_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
                               nullptr);
     return;
   }
+  if (plan.algorithm == ConvAlgorithm::amx) {
+    if (conv2d_amx_input_gradient(problem, plan, pool, grad_output, weight, grad_input)) return;
+    conv2d_input_gradient(problem, plan_without_parts(problem, plan, plan_input_gradient), pool,
+                          grad_output, weight, grad_input);
+    return;
+  }
   const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_input_gradient
                                                            : conv2d_outer_product_input_gradient;
   run(problem, plan, pool, grad_output, weight, grad_input);
@@ -321,6 +463,12 @@ void conv2d_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan
   if (plan.algorithm == ConvAlgorithm::depthwise) {
     conv2d_depthwise_backward(problem, plan, pool, grad_output, input, nullptr, nullptr,
                               grad_weight);
+    return;
+  }
+  if (plan.algorithm == ConvAlgorithm::amx) {
+    if (conv2d_amx_weight_gradient(problem, plan, pool, grad_output, input, grad_weight)) return;
+    conv2d_weight_gradient(problem, plan_without_parts(problem, plan, plan_weight_gradient), pool,
+                           grad_output, input, grad_weight);
     return;
   }
   const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_weight_gradient

@@ -6,6 +6,11 @@
 
 namespace cnnkernels {
 
+// How exactly float32 is multiplied, as torch.set_float32_matmul_precision names it.
+// highest: as float32; high: with at least 16 bits, medium: with 8, where that is
+// faster.
+enum class Float32Precision : uint8_t { highest, high, medium };
+
 // output[n,k,y,x] = bias[k] + sum over c,r,s of
 //   weight[k,c,r,s] * input[n, g(k)*C/G + c, y*stride_h + r*dilation_h - pad_top,
 //                           x*stride_w + s*dilation_w - pad_left]
@@ -25,6 +30,7 @@ struct Conv2dProblem {
   int64_t weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s;
   DType dtype;
   Layout layout;
+  Float32Precision precision = Float32Precision::highest;
 
   int64_t multiply_adds() const {
     return batch * out_channels * out_height * out_width * (in_channels / groups) * kernel_height *
@@ -36,6 +42,7 @@ enum class ConvAlgorithm : uint8_t {
   direct,         // vectors along the rows: conv2d_direct.inl, conv2d_weight_gradient.inl
   outer_product,  // vectors along the channels: conv2d_outer_product.inl
   depthwise,      // a channel a group: conv2d_depthwise.inl
+  amx,            // products of bfloat16 parts on matrix tiles: conv2d_amx.inl
 };
 
 inline const char* algorithm_name(ConvAlgorithm algorithm) {
@@ -44,6 +51,8 @@ inline const char* algorithm_name(ConvAlgorithm algorithm) {
       return "direct";
     case ConvAlgorithm::outer_product:
       return "outer product";
+    case ConvAlgorithm::amx:
+      return "amx";
     default:
       return "depthwise";
   }
@@ -70,6 +79,9 @@ Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, in
 // Whether the depthwise kernels take a problem: one channel a group, and, in
 // NHWC, at least a vector of them.
 bool depthwise_applies(const Conv2dProblem& problem, Isa isa);
+
+// Whether matrix tiles take a problem.
+bool amx_applies(const Conv2dProblem& problem, Isa isa);
 
 // The same for an algorithm that is given; a planner chooses between these.
 Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,

@@ -85,7 +85,7 @@ struct GradientMemory {
 };
 
 constexpr ConvAlgorithm kAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product,
-                                         ConvAlgorithm::depthwise};
+                                         ConvAlgorithm::depthwise, ConvAlgorithm::amx};
 constexpr ConvAlgorithm kBlockAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product};
 
 bool reads_border(const Conv2dProblem& p) {
@@ -120,6 +120,7 @@ void check_conv2d(Random& random) {
     for_each_run(
         describe(p) + ", " + algorithm_name(algorithm), [&](Isa isa, const ThreadPool& pool) {
           if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
+          if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
           const Memory out(element, tensors.output_shape, tensors.output_strides);
           conv2d_forward(p, plan_forward(p, algorithm, isa, pool.threads), pool, input.data(),
                          weight.data(), bias_data, out.data());

@@ -102,7 +102,7 @@ namespace {
 
 // The function `name` of the tier for `isa`.
 #define CNNK_TIER_FUNCTION(isa, ...)                         \
-  ((isa) == ::cnnkernels::Isa::avx512 ? &avx512::__VA_ARGS__ \
+  ((isa) >= ::cnnkernels::Isa::avx512 ? &avx512::__VA_ARGS__ \
    : (isa) == ::cnnkernels::Isa::avx2 ? &avx2::__VA_ARGS__   \
                                       : &baseline::__VA_ARGS__)
 

@@ -5,10 +5,36 @@
 #include <cstdlib>
 #include <string>
 
+#if CNNK_HAS_AMX && !defined(CNNK_EMULATE_AVX512)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace cnnkernels {
+namespace {
+
+#if CNNK_HAS_AMX && !defined(CNNK_EMULATE_AVX512)
+// The processor's word, and then the system's: Linux keeps the tiles' state for a
+// process only once it has asked (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_amx() { return CNNK_HAS_AMX != 0; }
+#endif
+
+}  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -33,6 +59,8 @@ std::vector<Isa> supported_isas() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
   if (avx2 && avx512) isas.push_back(Isa::avx512);
+  static const bool amx = has_amx();
+  if (avx2 && avx512 && amx) isas.push_back(Isa::amx);
 #endif
   return isas;
 }
@@ -47,7 +75,8 @@ IsaChoice choose_isa(const char* forced) {
   for (const Isa isa : isas) {
     if (name == isa_name(isa)) return {isa, ""};
   }
-  const bool known = name == isa_name(Isa::avx2) || name == isa_name(Isa::avx512);
+  const bool known = name == isa_name(Isa::avx2) || name == isa_name(Isa::avx512) ||
+                     name == isa_name(Isa::amx);
   return {best, "CNNKERNELS_CPU_ISA=" + std::string(forced) +
                     (known ? " is not supported by this machine" : " is not an instruction set") +
                     "; running on " + isa_name(best)};

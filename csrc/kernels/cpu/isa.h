@@ -1,17 +1,29 @@
 // Which instruction set the kernels run on: chosen once from CPUID, or forced
-// by CNNKERNELS_CPU_ISA=baseline|avx2|avx512.
+// by CNNKERNELS_CPU_ISA=baseline|avx2|avx512|amx.
 #pragma once
 
 #include <string>
 #include <vector>
 
+// Whether the compiler knows the matrix tiles, and how a program asks the system for
+// them. CNNK_EMULATE_AVX512 emulates them too (cpu/amx_tile.inl).
+#if defined(__x86_64__) &&                                                       \
+    (defined(CNNK_EMULATE_AVX512) ||                                             \
+     (defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) ||    \
+                             (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))))
+#define CNNK_HAS_AMX 1
+#else
+#define CNNK_HAS_AMX 0
+#endif
+
 namespace cnnkernels {
 
-enum class Isa { baseline, avx2, avx512 };
+// Each contains those before it: amx is AVX-512 with the matrix tiles of bfloat16.
+enum class Isa { baseline, avx2, avx512, amx };
 
 const char* isa_name(Isa isa);
 
-inline int vector_bytes(Isa isa) { return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16; }
+inline int vector_bytes(Isa isa) { return isa >= Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16; }
 
 // What this machine can run, weakest first.
 std::vector<Isa> supported_isas();

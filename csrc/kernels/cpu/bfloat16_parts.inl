@@ -1,0 +1,66 @@
+// Floats as sums of one, two or three bfloat16.
+//
+// Cutting a float's mantissa into pieces of eight bits gives three parts that are
+// exact together: the first is the number without its low 16 bits, the second the same
+// of what is left. Cutting, unlike rounding, never overflows. The last of fewer than
+// three parts is rounded to nearest, for what is left is lost. bfloat16 is one part
+// and float16 is two, exactly.
+//
+// Infinity and NaN have no such parts: infinity times a part that is zero would be NaN.
+// What makes parts therefore also says whether all was finite.
+
+typedef uint32_t Words __attribute__((vector_size(CNNK_VECTOR_BYTES)));
+
+// The next part of v, in the high halves of words; v becomes what is left.
+template <bool Round>
+CNNK_INLINE Words next_part(Vec<float>& v) {
+  Words bits = (Words)v;
+  if (Round) bits += 0x7fffu + ((bits >> 16) & 1u);
+  bits &= 0xffff0000u;
+  v -= (Vec<float>)bits;
+  return bits;
+}
+
+template <class T, int Parts>
+constexpr bool kRoundsLast = std::is_same_v<T, float> && Parts < 3;
+
+// Becomes NaN where a value is not finite.
+CNNK_INLINE void mark(Vec<float>& marks, Vec<float> v) { marks += v * 0.0f; }
+
+CNNK_INLINE bool all_finite(Vec<float> marks) { return sum_lanes<float>(marks) == 0.0f; }
+
+// The 32 values of a and then b: `to`[part * part_step + i].
+template <class T, int Parts>
+CNNK_INLINE void store_parts(Vec<float> a, Vec<float> b, uint16_t* to, int64_t part_step) {
+  typedef uint16_t Halves __attribute__((vector_size(CNNK_VECTOR_BYTES)));
+#pragma GCC unroll 3
+  for (int part = 0; part < Parts; ++part) {
+    const bool last = part == Parts - 1;
+    const Words first = last ? next_part<kRoundsLast<T, Parts>>(a) : next_part<false>(a);
+    const Words second = last ? next_part<kRoundsLast<T, Parts>>(b) : next_part<false>(b);
+#if defined(__clang__)
+    const Halves packed = __builtin_shufflevector(
+        (Halves)first, (Halves)second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+#else
+    const Halves packed = __builtin_shuffle(
+        (Halves)first, (Halves)second,
+        Halves{1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+               33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63});
+#endif
+    __builtin_memcpy(to + part * part_step, &packed, sizeof packed);
+  }
+}
+
+// The 16 pairs (even[i], odd[i]): `to`[part * part_step + 2 * i].
+template <class T, int Parts>
+CNNK_INLINE void store_pairs(Vec<float> even, Vec<float> odd, uint16_t* to, int64_t part_step) {
+#pragma GCC unroll 3
+  for (int part = 0; part < Parts; ++part) {
+    const bool last = part == Parts - 1;
+    const Words first = last ? next_part<kRoundsLast<T, Parts>>(even) : next_part<false>(even);
+    const Words second = last ? next_part<kRoundsLast<T, Parts>>(odd) : next_part<false>(odd);
+    const Words pairs = (first >> 16) | second;
+    __builtin_memcpy(to + part * part_step, &pairs, sizeof pairs);
+  }
+}

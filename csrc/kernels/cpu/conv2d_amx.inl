@@ -1,0 +1,377 @@
+// Implicit GEMM on matrix tiles, float32 included.
+//
+// A tile multiplies bfloat16 sixteen times as fast as vectors multiply floats. A float
+// is the sum of three bfloat16, and a product of floats the sum of six products of
+// their parts, to 2^-24: still more than twice as fast, and no less accurate, for a
+// tile sums pairs of short chains (amx_tile.inl, bfloat16_parts.inl). Where torch is
+// asked for less than the highest precision, two parts (three products) or one do.
+//
+// Rows of the product are pixels, depth the input channels of a tap, columns the
+// output channels. Source pixels are packed, a chunk at a time, into blocks of 32
+// channels, [part][residue][block][position][channel]: 16 pixels' 32 channels are
+// then one kilobyte, which is a tile, and the same tile serves every tap, moved by
+// whole pixels. Rows of the image follow one another with their border, so that
+// tiles run on over the ends of rows; what they compute in the border is not stored.
+// A stride is split into residues before, as if it were 1. A chunk is packed by the
+// thread that multiplies it and stays in its second-level cache; weights are packed
+// once a call.
+//
+// The input gradient is the same on the output's gradient, one residue class of the
+// destinations at a time. The weight gradient is conv2d_amx_weight_gradient.inl.
+
+#include "kernels/cpu/amx_tile.inl"
+#include "kernels/cpu/bfloat16_parts.inl"
+#include "kernels/cpu/pixel_table.inl"
+#include "kernels/cpu/widened_weights.inl"
+
+// Pixels a tile may read past the last position: their products are not stored.
+constexpr int64_t kSlack = 2 * kBlock;
+
+// Weights of one direction: `to` channels are columns, `from` channels the depth.
+struct WeightMatrix {
+  int64_t from_channels, to_channels;  // of a group
+  int64_t from_step, to_step, group_step;
+  int64_t row_step, column_step;  // of kernel indices
+};
+
+// count <= 16 elements, `step` apart; zero past them.
+template <class T>
+CNNK_INLINE Vec<float> load_apart(const T* from, int64_t step, int64_t count) {
+  if (step == 1) return count == 16 ? load_widened(from) : load_head(from, count);
+#if !defined(CNNK_EMULATE_AVX512)
+  if (std::is_same_v<T, float> && step < (int64_t{1} << 26)) {
+    const Vec<int32_t> index = lane_numbers<int32_t>() * broadcast(static_cast<int32_t>(step));
+    return (Vec<float>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(),
+                                                static_cast<__mmask16>((1u << count) - 1),
+                                                (__m512i)index, from, 4);
+  }
+#endif
+  float lanes[16] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = widen(from[i * step]);
+  return load(lanes);
+}
+
+// One tile of columns: 32 channels deep, 16 columns, [pair][column][2] a part.
+template <class T, int Parts>
+void pack_weight_tile(const T* weight, const WeightMatrix& matrix, int64_t depth, int64_t columns,
+                      uint16_t* to, Vec<float>& marks) {
+  if (matrix.from_step == 1 && matrix.to_step != 1) {
+    // Rows of the transposed tile lie in one piece: pairs are words, and words are
+    // transposed.
+    uint16_t rows[Parts][16][32];
+    for (int64_t k = 0; k < 16; ++k) {
+      Vec<float> a{}, b{};
+      if (k < columns) {
+        const T* const row = weight + k * matrix.to_step;
+        a = load_apart(row, 1, std::min<int64_t>(depth, 16));
+        if (depth > 16) b = load_apart(row + 16, 1, depth - 16);
+      }
+      mark(marks, a);
+      mark(marks, b);
+      store_parts<T, Parts>(a, b, rows[0][k], 16 * 32);
+    }
+    for (int part = 0; part < Parts; ++part) {
+      Vec<float> words[16];
+      for (int k = 0; k < 16; ++k) __builtin_memcpy(&words[k], rows[part][k], 64);
+      transpose<float>(words);
+      for (int q = 0; q < 16; ++q) {
+        __builtin_memcpy(to + part * kTileElements + q * 32, &words[q], 64);
+      }
+    }
+    return;
+  }
+  for (int64_t q = 0; q < 16; ++q) {
+    const auto channel = [&](int64_t c) {
+      return c < depth ? load_apart(weight + c * matrix.from_step, matrix.to_step, columns)
+                       : Vec<float>{};
+    };
+    const Vec<float> even = channel(2 * q), odd = channel(2 * q + 1);
+    mark(marks, even);
+    mark(marks, odd);
+    store_pairs<T, Parts>(even, odd, to + q * 32, kTileElements);
+  }
+}
+
+// One pass over a grid, from packed positions to a residue class of destinations.
+struct ClassSteps {
+  const GridPass* rows;
+  const GridPass* columns;
+  std::vector<int64_t> offsets;  // of packed positions, by step
+  int64_t weights;               // where the class's tiles of weights begin
+};
+
+// A source or a destination: its plane, and the step from image to image.
+struct Pixels {
+  PlaneSource plane;
+  int64_t image_step;
+  int64_t channels;  // of all groups
+};
+
+inline Pixels pixels_of(Layout layout, int64_t channels, int64_t height, int64_t width) {
+  return {plane_source(layout, channels, height, width), image_stride(channels, height, width),
+          channels};
+}
+
+// Packs the grid's chunk that starts at `image` and row `j0`.
+template <class T, int Parts>
+void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, const Grid& grid,
+                int64_t image, int64_t images, int64_t j0, int64_t rows, int64_t positions,
+                uint16_t* packed, int64_t part_step, Vec<float>& marks) {
+  const int64_t group_channels = pixels.channels / groups;
+  const int64_t pitch = grid.columns.pitch();
+  const int64_t channel_step = pixels.plane.channel_stride;
+  uint16_t* to = packed;
+  PixelTable table;
+  for (const int64_t row_residue : grid.rows.residues) {
+    for (const int64_t column_residue : grid.columns.residues) {
+      table.at.clear();
+      table.groups.clear();
+      const PixelAxis row_axis = {(j0 + grid.rows.low) * grid.rows.step + row_residue,
+                                  grid.rows.step, pixels.plane.height};
+      const PixelAxis column_axis = {grid.columns.low * grid.columns.step + column_residue,
+                                     grid.columns.step, pixels.plane.width};
+      for (int64_t i = 0; i < images; ++i) {
+        append_pixels(table, (image + i) * pixels.image_step, pixels.plane, row_axis,
+                      rows + grid.rows.extra, column_axis, pitch);
+      }
+      table.at.resize(static_cast<size_t>(positions), kNowhere);
+      group_pixels(table, pixels.plane.column_stride);
+      for (int64_t group = 0; group < groups; ++group) {
+        for (int64_t c = 0; c < group_channels; c += kTileDepth, to += positions * kTileDepth) {
+          const int64_t channels = std::min<int64_t>(kTileDepth, group_channels - c);
+          const T* const from = source + (group * group_channels + c) * channel_step;
+          for (int64_t i = 0; i < positions / kTileRows; ++i) {
+            Vec<float> a[16], b[16];
+            load_pixels(from, table, i, channel_step, std::min<int64_t>(channels, 16), a);
+            if (channels > 16) {
+              load_pixels(from + 16 * channel_step, table, i, channel_step, channels - 16, b);
+            } else {
+              for (Vec<float>& zero : b) zero = Vec<float>{};
+            }
+            for (int64_t p = 0; p < kTileRows; ++p) {
+              mark(marks, a[p]);
+              mark(marks, b[p]);
+              store_parts<T, Parts>(a[p], b[p], to + (i * kTileRows + p) * kTileDepth, part_step);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// A product over all classes: forward has one.
+template <int Parts>
+bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, const Grid& grid,
+               int64_t groups, int64_t batch, const Pixels& source, const void* source_data,
+               const WeightMatrix& matrix, const void* weight, const void* bias_data,
+               const Pixels& destination, void* out) {
+  const bool serial = plan.threads == 1;
+  const int64_t group_in = matrix.from_channels, group_out = matrix.to_channels;
+  const int64_t blocks = ceil_div(group_in, kTileDepth);
+  const int64_t column_tiles = ceil_div(group_out, 16);
+  const int64_t pitch = grid.columns.pitch();
+  const int64_t positions =
+      round_up(grid.positions(plan.images_per_chunk, plan.rows_per_task) + kSlack, kTileRows);
+  const int64_t part_step = grid.residues() * groups * blocks * positions * kTileDepth;
+
+  std::vector<ClassSteps> classes;
+  int64_t weight_elements = 0;
+  for (const GridPass& rows : grid.rows.passes) {
+    for (const GridPass& columns : grid.columns.passes) {
+      ClassSteps steps = {&rows, &columns, {}, weight_elements};
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (const GridTap& r : rows.taps) {
+          for (const GridTap& s : columns.taps) {
+            const int64_t residue =
+                static_cast<int64_t>(r.residue * grid.columns.residues.size() + s.residue);
+            steps.offsets.push_back(
+                ((residue * groups * blocks + block) * positions + r.cell * pitch + s.cell) *
+                kTileDepth);
+          }
+        }
+      }
+      weight_elements += groups * column_tiles * static_cast<int64_t>(steps.offsets.size()) *
+                         Parts * kTileElements;
+      classes.push_back(std::move(steps));
+    }
+  }
+
+  const Workspace weight_workspace(weight_elements * static_cast<int64_t>(sizeof(uint16_t)) +
+                                   destination.channels * static_cast<int64_t>(sizeof(float)));
+  float* const bias_scratch = weight_workspace.as<float>();
+  uint16_t* const tiles = reinterpret_cast<uint16_t*>(bias_scratch + destination.channels);
+  const float* const bias =
+      widened_bias<float>(dtype, bias_data, destination.channels, bias_scratch);
+  std::atomic<bool> finite{true};
+  for (const ClassSteps& steps : classes) {
+    const int64_t count = static_cast<int64_t>(steps.offsets.size());
+    const int64_t taps = count / blocks;
+    parallel_for(pool, groups * column_tiles * blocks, serial, [&](int64_t begin, int64_t end) {
+      Vec<float> marks{};
+      with_storage<float>(dtype, [&](auto element) {
+        using T = decltype(element);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t block = i % blocks, tile = i / blocks % column_tiles;
+          const int64_t group = i / blocks / column_tiles;
+          const T* const from = static_cast<const T*>(weight) + group * matrix.group_step +
+                                block * kTileDepth * matrix.from_step + tile * 16 * matrix.to_step;
+          uint16_t* to = tiles + steps.weights +
+                         ((group * column_tiles + tile) * count + block * taps) * Parts *
+                             kTileElements;
+          for (const GridTap& r : steps.rows->taps) {
+            for (const GridTap& s : steps.columns->taps) {
+              pack_weight_tile<T, Parts>(
+                  from + r.kernel_index * matrix.row_step + s.kernel_index * matrix.column_step,
+                  matrix, std::min<int64_t>(kTileDepth, group_in - block * kTileDepth),
+                  std::min<int64_t>(16, group_out - tile * 16), to, marks);
+              to += Parts * kTileElements;
+            }
+          }
+        }
+      });
+      if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+    });
+  }
+  if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
+
+  // A task packs a chunk and computes some of its channels.
+  const int64_t row_chunks = ceil_div(grid.rows.count, plan.rows_per_task);
+  const int64_t chunks = ceil_div(batch, plan.images_per_chunk) * row_chunks;
+  const int64_t channel_ranges = ceil_div(group_out, plan.channels_per_task);
+  parallel_for(pool, chunks * channel_ranges, serial, [&](int64_t begin, int64_t end) {
+    const Workspace workspace(Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
+    uint16_t* const packed = workspace.as<uint16_t>();
+    const TileScope tile_scope;
+    alignas(64) float sums[kBlock * kBlock];
+    PixelTable table;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / channel_ranges;
+      const int64_t k_begin = task % channel_ranges * plan.channels_per_task;
+      const int64_t k_end = std::min(group_out, k_begin + plan.channels_per_task);
+      const int64_t image = chunk / row_chunks * plan.images_per_chunk;
+      const int64_t images = std::min(plan.images_per_chunk, batch - image);
+      const int64_t j0 = chunk % row_chunks * plan.rows_per_task;
+      const int64_t rows = std::min(plan.rows_per_task, grid.rows.count - j0);
+      if (task == begin || task % channel_ranges == 0) {
+        Vec<float> marks{};
+        with_storage<float>(dtype, [&](auto element) {
+          using T = decltype(element);
+          pack_chunk<T, Parts>(static_cast<const T*>(source_data), source, groups, grid, image,
+                               images, j0, rows, positions, packed, part_step, marks);
+        });
+        if (Parts > 1 && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+      }
+      if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
+
+      // Without border rows all images are one sequence of rows.
+      const int64_t runs = grid.rows.extra == 0 ? 1 : images;
+      for (const ClassSteps& steps : classes) {
+        const int64_t class_rows = std::min(rows, steps.rows->count - j0);
+        if (class_rows <= 0 || steps.columns->count == 0) continue;
+        const PixelAxis row_axis = {steps.rows->first + j0 * steps.rows->stride,
+                                    steps.rows->stride, destination.plane.height};
+        const PixelAxis column_axis = {steps.columns->first, steps.columns->stride,
+                                       destination.plane.width};
+        const int64_t run_rows = runs == 1 ? rows : class_rows;
+        const int64_t run_length = (images / runs) * run_rows * pitch;
+        table.at.clear();
+        table.groups.clear();
+        for (int64_t i = 0; i < images; ++i) {
+          append_pixels(table, (image + i) * destination.image_step, destination.plane, row_axis,
+                        run_rows, column_axis, pitch);
+          if (runs > 1) pad_table(table, kBlock);
+        }
+        pad_table(table, kBlock);
+        group_pixels(table, destination.plane.column_stride);
+        const int64_t run_blocks = ceil_div(run_length, kBlock);
+        for (int64_t group = 0; group < groups; ++group) {
+          for (int64_t k = k_begin; k < k_end; k += kBlock) {
+            const int64_t columns = std::min(kBlock, k_end - k);
+            const int64_t channel = group * group_out + k;
+            const int64_t count = static_cast<int64_t>(steps.offsets.size());
+            TileSteps product;
+            product.offsets = steps.offsets.data();
+            product.count = count;
+            product.row_bytes = kTileDepth * static_cast<int64_t>(sizeof(uint16_t));
+            product.rows_tile = kTileElements;
+            product.rows_part = part_step;
+            product.columns_tile = count * Parts * kTileElements;
+            product.columns = tiles + steps.weights +
+                              (group * column_tiles + k / 16) * product.columns_tile;
+            const auto bias_at = [&](int64_t c) {
+              const int64_t rest = columns - c;
+              if (bias == nullptr || rest <= 0) return Vec<float>{};
+              const float* const from = bias + channel + c;
+              return rest >= 16 ? load(from) : load_head(from, rest);
+            };
+            const Vec<float> biases[2] = {bias_at(0), bias_at(16)};
+            for (int64_t run = 0; run < runs; ++run) {
+              const uint16_t* const from =
+                  packed + (group * blocks * positions +
+                            run * (rows + grid.rows.extra) * pitch) *
+                               kTileDepth;
+              for (int64_t block = 0; block < run_blocks; ++block) {
+                const int64_t rest = run_length - block * kBlock;
+                product.rows = from + block * kBlock * kTileDepth;
+                multiply_block<Parts>(product, rest, columns, sums);
+                for (int64_t half = 0; half < 2 && half * 16 < rest; ++half) {
+                  const int64_t pixels = (run * run_blocks + block) * 2 + half;
+                  for (int64_t c = 0; c < columns; c += 16) {
+                    Vec<float> values[16];
+                    for (int64_t p = 0; p < 16; ++p) {
+                      values[p] = load(sums + (half * 16 + p) * kBlock + c) + biases[c / 16];
+                    }
+                    store_pixels(dtype, out, table, pixels, destination.plane.channel_stride,
+                                 channel + c, std::min<int64_t>(16, columns - c), values);
+                  }
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+  return Parts == 1 || finite.load(std::memory_order_relaxed);
+}
+
+template <int Parts>
+bool forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+             const void* input, const void* weight, const void* bias, void* output) {
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const WeightMatrix matrix = {problem.in_channels / problem.groups,
+                               group_out,
+                               problem.weight_stride_c,
+                               problem.weight_stride_k,
+                               group_out * problem.weight_stride_k,
+                               problem.weight_stride_r,
+                               problem.weight_stride_s};
+  return grid_pass<Parts>(
+      plan, pool, problem.dtype, forward_grid(problem), problem.groups, problem.batch,
+      pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width), input,
+      matrix, weight, bias,
+      pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
+      output);
+}
+
+template <int Parts>
+bool input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
+                    const void* grad_output, const void* weight, void* grad_input) {
+  const int64_t group_out = problem.out_channels / problem.groups;
+  const WeightMatrix matrix = {group_out,
+                               problem.in_channels / problem.groups,
+                               problem.weight_stride_k,
+                               problem.weight_stride_c,
+                               group_out * problem.weight_stride_k,
+                               problem.weight_stride_r,
+                               problem.weight_stride_s};
+  return grid_pass<Parts>(
+      plan, pool, problem.dtype, gradient_grid(problem), problem.groups, problem.batch,
+      pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
+      grad_output, matrix, weight, nullptr,
+      pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width),
+      grad_input);
+}
+
+#include "kernels/cpu/conv2d_amx_weight_gradient.inl"
