@@ -161,10 +161,9 @@ Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, in
   return plan;
 }
 
-// What a thread packs of the source, and what all pack for the weight gradient: a
-// second-level cache's worth or two, beside the weights.
+// What a thread packs at a time: half of a second-level cache, beside the weights.
 constexpr int64_t kAmxChunkBytes = 1024 * 1024;
-constexpr int64_t kAmxGradientBytes = 4 * 1024 * 1024;
+constexpr int64_t kAmxGradientBytes = 1536 * 1024;
 
 // A pass on matrix tiles from `from` channels a group to `to`.
 Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Grid& grid,
@@ -199,18 +198,27 @@ Conv2dPlan plan_amx_weight_gradient(const Conv2dProblem& problem, Isa isa, int t
   const int64_t element = 2 * amx_parts(problem);
   const int64_t group_in = problem.in_channels / problem.groups;
   const int64_t group_out = problem.out_channels / problem.groups;
-  const int64_t position_bytes = element * problem.groups *
-                                 (grid.residues() * round_up(group_in, 16) +
-                                  round_up(group_out, 16));
-  // The sums' order must not depend on the number of threads.
-  const GridChunk chunk = grid_chunk(grid, problem.batch, position_bytes, kAmxGradientBytes, 1);
+  const auto position_bytes = [&](int64_t range) {
+    return element * (grid.residues() * range + round_up(group_out, 16));
+  };
+  // The order of the sums must not depend on the number of threads: neither the chunks
+  // nor the slices do. Ranges of channels may.
+  const GridChunk chunk = grid_chunk(grid, problem.batch, position_bytes(round_up(group_in, 16)),
+                                     kAmxGradientBytes, 1);
   plan.images_per_chunk = chunk.images;
   plan.rows_per_task = chunk.rows;
-  plan.channels_per_task = kAmxBlock;
-  plan.workspace_bytes = position_bytes * grid.positions(chunk.images, chunk.rows) +
-                         4 * problem.groups * round_up(group_in, kAmxBlock) *
-                             round_up(group_out, kAmxBlock) * problem.kernel_height *
-                             problem.kernel_width;
+  const int64_t chunks =
+      ceil_div(problem.batch, chunk.images) * ceil_div(grid.rows.count, chunk.rows);
+  const int64_t tasks = problem.groups * amx_gradient_slices(problem, chunks);
+  const int64_t blocks = ceil_div(group_in, kAmxBlock);
+  const int64_t ranges =
+      tasks % plan.threads == 0 ? 1 : std::min<int64_t>(blocks, ceil_div(plan.threads, tasks));
+  plan.channels_per_task = ceil_div(blocks, ranges) * kAmxBlock;
+  plan.workspace_bytes =
+      plan.threads * position_bytes(plan.channels_per_task) *
+          grid.positions(chunk.images, chunk.rows) +
+      4 * tasks * round_up(group_in, kAmxBlock) * round_up(group_out, kAmxBlock) *
+          problem.kernel_height * problem.kernel_width;
   return plan;
 }
 

@@ -138,21 +138,26 @@ struct TileSteps {
 
 constexpr int64_t kBlock = 32;  // rows and columns of a block of 2x2 tiles
 
-// sums[row][column], kBlock to a row, of R by C tiles.
+// Steps whose products are added in tiles: each adds to a chain as often as there are
+// products of parts, and the error of a sum grows with its chains.
+constexpr int64_t kStepsPerSum = 16;
+
+// The products of steps [begin, end): sums[row][column], kBlock to a row, of R by C
+// tiles.
 //
 // Of nine products of three parts by three the six largest are enough: what is left
-// out is 2^-24 of a product. Every step changes one operand at a time: each product
-// of parts loads R or C tiles for R*C multiplications, the small ones first.
-template <int Parts, int R, int C>
-__attribute__((noinline)) void multiply_block(const TileSteps& steps, float* sums) {
-  const auto clear = [&] {
-    clear_tile<0>();
-    if constexpr (C > 1) clear_tile<1>();
-    if constexpr (R > 1) clear_tile<2>();
-    if constexpr (R > 1 && C > 1) clear_tile<3>();
-  };
-  clear();
-  for (int64_t i = 0; i < steps.count; ++i) {
+// out is 2^-24 of a product. Every product of parts changes one operand of the last,
+// and so loads R or C tiles for R*C multiplications. Vectors are idle meanwhile:
+// `meanwhile` is called after each product, and does the vectors' work on an earlier
+// block.
+template <int Parts, int R, int C, class Meanwhile>
+CNNK_INLINE void multiply_steps(const TileSteps& steps, int64_t begin, int64_t end,
+                                Meanwhile& meanwhile, float* sums) {
+  clear_tile<0>();
+  if constexpr (C > 1) clear_tile<1>();
+  if constexpr (R > 1) clear_tile<2>();
+  if constexpr (R > 1 && C > 1) clear_tile<3>();
+  for (int64_t i = begin; i < end; ++i) {
     const uint16_t* const rows = steps.rows + steps.offsets[i];
     const uint16_t* const columns = steps.columns + i * Parts * kTileElements;
     const auto load_rows = [&](int part) __attribute__((always_inline)) {
@@ -170,6 +175,7 @@ __attribute__((noinline)) void multiply_block(const TileSteps& steps, float* sum
       if constexpr (C > 1) multiply_tiles<1, 4, 7>();
       if constexpr (R > 1) multiply_tiles<2, 5, 6>();
       if constexpr (R > 1 && C > 1) multiply_tiles<3, 5, 7>();
+      meanwhile.next();
     };
     load_rows(0);
     load_columns(Parts - 1);
@@ -199,14 +205,46 @@ __attribute__((noinline)) void multiply_block(const TileSteps& steps, float* sum
   if constexpr (R > 1 && C > 1) store_tile<3>(sums + 16 * kBlock + 16, kRowBytes);
 }
 
-// The same for `rows` and `columns` of at most kBlock.
-template <int Parts>
-CNNK_INLINE void multiply_block(const TileSteps& steps, int64_t rows, int64_t columns,
-                                float* sums) {
-  if (rows > kTileRows) {
-    if (columns > kTileRows) return multiply_block<Parts, 2, 2>(steps, sums);
-    return multiply_block<Parts, 2, 1>(steps, sums);
-  }
-  if (columns > kTileRows) return multiply_block<Parts, 1, 2>(steps, sums);
-  multiply_block<Parts, 1, 1>(steps, sums);
+constexpr int products_of_parts(int parts) { return parts == 3 ? 6 : parts == 2 ? 3 : 1; }
+
+// sums = or, to add to them, += the products of steps [begin, end).
+template <int Parts, int R, int C, class Meanwhile>
+__attribute__((noinline)) void multiply_tiles(const TileSteps& steps, int64_t begin, int64_t end,
+                                              bool add, Meanwhile& meanwhile, float* sums) {
+  alignas(64) float partial[kBlock * kBlock];
+  do {
+    const int64_t next = std::min(end, begin + kStepsPerSum);
+    multiply_steps<Parts, R, C>(steps, begin, next, meanwhile, add ? partial : sums);
+    if (add) {
+      for (int64_t row = 0; row < R * 16; ++row) {
+#pragma GCC unroll 2
+        for (int64_t column = 0; column < C * 16; column += 16) {
+          float* const sum = sums + row * kBlock + column;
+          store(sum, load(sum) + load(partial + row * kBlock + column));
+        }
+      }
+    }
+    add = true;
+    begin = next;
+  } while (begin < end);
 }
+
+// The same for `rows` and `columns` of at most kBlock.
+template <int Parts, class Meanwhile>
+CNNK_INLINE void multiply_block(const TileSteps& steps, int64_t begin, int64_t end, int64_t rows,
+                                int64_t columns, bool add, Meanwhile& meanwhile, float* sums) {
+  if (rows > kTileRows) {
+    if (columns > kTileRows) {
+      return multiply_tiles<Parts, 2, 2>(steps, begin, end, add, meanwhile, sums);
+    }
+    return multiply_tiles<Parts, 2, 1>(steps, begin, end, add, meanwhile, sums);
+  }
+  if (columns > kTileRows) {
+    return multiply_tiles<Parts, 1, 2>(steps, begin, end, add, meanwhile, sums);
+  }
+  multiply_tiles<Parts, 1, 1>(steps, begin, end, add, meanwhile, sums);
+}
+
+struct Nothing {
+  void next() {}
+};

@@ -87,6 +87,13 @@ GridChunk grid_chunk(const Grid& grid, int64_t batch, int64_t position_bytes, in
   return {std::max<int64_t>(1, most), grid.rows.count};
 }
 
+int64_t amx_gradient_slices(const Conv2dProblem& problem, int64_t chunks) {
+  constexpr int64_t kMostSlices = 16, kMostElements = 2 * 1024 * 1024;
+  const int64_t elements = problem.out_channels * (problem.in_channels / problem.groups) *
+                           problem.kernel_height * problem.kernel_width;
+  return std::clamp<int64_t>(std::min(chunks, kMostElements / elements), 1, kMostSlices);
+}
+
 // Calls the function `name` for the problem's number of parts.
 #if CNNK_HAS_AMX
 #define CNNK_WITH_PARTS(problem, name, ...)                 \

@@ -63,6 +63,10 @@ struct GridChunk {
 GridChunk grid_chunk(const Grid& grid, int64_t batch, int64_t position_bytes, int64_t bytes,
                      int threads);
 
+// The weight gradient sums so many slices of the chunks on their own: as many as keep
+// sixteen threads busy, if their totals are not too much memory.
+int64_t amx_gradient_slices(const Conv2dProblem& problem, int64_t chunks);
+
 // These return false, with undefined results, if an operand is infinite or NaN and
 // the problem's elements have several parts: those then need another algorithm.
 bool conv2d_amx_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,

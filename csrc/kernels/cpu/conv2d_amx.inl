@@ -160,6 +160,77 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, const Gri
   }
 }
 
+// Stores one block of sums while the next is multiplied.
+class BlockStore {
+ public:
+  explicit BlockStore(const PixelsOut& out) : out_(out) {}
+  ~BlockStore() { finish(); }
+  BlockStore(const BlockStore&) = delete;
+  BlockStore& operator=(const BlockStore&) = delete;
+
+  // Where the next block's sums go.
+  float* sums() { return sums_[current_]; }
+
+  // Takes over the sums: `pixels` <= 32 from number `first` on, `channels` <= 32 from
+  // channel k on. They are stored by so many calls of next(), and finish().
+  void take(int64_t first, int64_t pixels, int64_t k, int64_t channels, const Vec<float>* bias,
+            int64_t calls) {
+    finish();
+    stored_ = sums_[current_];
+    current_ = 1 - current_;
+    first_ = first;
+    pixels_ = pixels;
+    k_ = k;
+    channels_ = channels;
+    bias_[0] = bias[0];
+    bias_[1] = bias[1];
+    next_ = 0;
+    by_planes_ = out_.channel_step != 1;
+    count_ = by_planes_ ? ceil_div(pixels, 16) * ceil_div(channels, 16) : pixels;
+    a_call_ = ceil_div(count_, calls);
+  }
+
+  CNNK_INLINE void next() {
+    if (next_ < count_) store_until(std::min(count_, next_ + a_call_));
+  }
+
+  void finish() { store_until(count_); }
+
+ private:
+  __attribute__((noinline)) void store_until(int64_t end) {
+    for (; next_ < end; ++next_) {
+      if (by_planes_) {
+        const int64_t halves = ceil_div(pixels_, 16);
+        const int64_t half = next_ % halves;
+        const int64_t c = next_ / halves * 16;
+        Vec<float> rows[16];
+        for (int64_t p = 0; p < 16; ++p) {
+          rows[p] = load(stored_ + (half * 16 + p) * kBlock + c) + bias_[c / 16];
+        }
+        store_planes_of(out_, first_ / 16 + half, k_ + c, std::min<int64_t>(16, channels_ - c),
+                        rows);
+        continue;
+      }
+      const int64_t at = out_.table->at[static_cast<size_t>(first_ + next_)];
+      if (at == kNowhere) continue;
+      const float* const from = stored_ + next_ * kBlock;
+      store_pixel(out_, at, k_, std::min<int64_t>(16, channels_), load(from) + bias_[0]);
+      if (channels_ > 16) {
+        store_pixel(out_, at, k_ + 16, channels_ - 16, load(from + 16) + bias_[1]);
+      }
+    }
+  }
+
+  PixelsOut out_;
+  int64_t first_ = 0, pixels_ = 0, k_ = 0, channels_ = 0;
+  int64_t next_ = 0, count_ = 0, a_call_ = 0;
+  bool by_planes_ = false;
+  int current_ = 0;
+  const float* stored_ = nullptr;
+  Vec<float> bias_[2] = {};
+  alignas(64) float sums_[2][kBlock * kBlock];
+};
+
 // A product over all classes: forward has one.
 template <int Parts>
 bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, const Grid& grid,
@@ -243,7 +314,6 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
     const Workspace workspace(Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
     uint16_t* const packed = workspace.as<uint16_t>();
     const TileScope tile_scope;
-    alignas(64) float sums[kBlock * kBlock];
     PixelTable table;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / channel_ranges;
@@ -285,11 +355,12 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
         pad_table(table, kBlock);
         group_pixels(table, destination.plane.column_stride);
         const int64_t run_blocks = ceil_div(run_length, kBlock);
+        const int64_t count = static_cast<int64_t>(steps.offsets.size());
+        BlockStore blocks_out({dtype, out, destination.plane.channel_stride, &table});
         for (int64_t group = 0; group < groups; ++group) {
           for (int64_t k = k_begin; k < k_end; k += kBlock) {
             const int64_t columns = std::min(kBlock, k_end - k);
             const int64_t channel = group * group_out + k;
-            const int64_t count = static_cast<int64_t>(steps.offsets.size());
             TileSteps product;
             product.offsets = steps.offsets.data();
             product.count = count;
@@ -312,20 +383,12 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
                             run * (rows + grid.rows.extra) * pitch) *
                                kTileDepth;
               for (int64_t block = 0; block < run_blocks; ++block) {
-                const int64_t rest = run_length - block * kBlock;
+                const int64_t pixels = std::min(kBlock, run_length - block * kBlock);
                 product.rows = from + block * kBlock * kTileDepth;
-                multiply_block<Parts>(product, rest, columns, sums);
-                for (int64_t half = 0; half < 2 && half * 16 < rest; ++half) {
-                  const int64_t pixels = (run * run_blocks + block) * 2 + half;
-                  for (int64_t c = 0; c < columns; c += 16) {
-                    Vec<float> values[16];
-                    for (int64_t p = 0; p < 16; ++p) {
-                      values[p] = load(sums + (half * 16 + p) * kBlock + c) + biases[c / 16];
-                    }
-                    store_pixels(dtype, out, table, pixels, destination.plane.channel_stride,
-                                 channel + c, std::min<int64_t>(16, columns - c), values);
-                  }
-                }
+                multiply_block<Parts>(product, 0, count, pixels, columns, false, blocks_out,
+                                      blocks_out.sums());
+                blocks_out.take((run * run_blocks + block) * kBlock, pixels, channel, columns,
+                                biases, std::max<int64_t>(1, count * products_of_parts(Parts)));
               }
             }
           }

@@ -148,34 +148,42 @@ CNNK_INLINE void load_planes(const T* from, const PixelTable& table, int64_t i,
   }
 }
 
-// Writes channels [k, k + channels) of group i's pixels, of which there are 16 or fewer.
-CNNK_INLINE void store_pixels(DType dtype, void* out, const PixelTable& table, int64_t i,
-                              int64_t channel_step, int64_t k, int64_t channels,
-                              Vec<float> (&rows)[16]) {
-  const int64_t* const at = table.at.data() + i * kTileRows;
-  if (channel_step == 1) {
-    for (int64_t p = 0; p < kTileRows; ++p) {
-      if (at[p] != kNowhere) store_out<float>(dtype, out, at[p] + k, rows[p], channels, 1);
-    }
-    return;
-  }
-  const PixelGroup& group = table.groups[static_cast<size_t>(i)];
+// Where results go: vectors of 16 channels, or of 16 pixels of a plane.
+struct PixelsOut {
+  DType dtype;
+  void* data;
+  int64_t channel_step;
+  const PixelTable* table;
+};
+
+// Writes `count` <= 16 channels from channel k on of one pixel.
+CNNK_INLINE void store_pixel(const PixelsOut& out, int64_t at, int64_t k, int64_t count,
+                             Vec<float> v) {
+  store_out<float>(out.dtype, out.data, at + k, v, count, 1);
+}
+
+// Writes `channels` planes from channel k on of group i's pixels, rows[pixel].
+inline void store_planes_of(const PixelsOut& out, int64_t i, int64_t k, int64_t channels,
+                            Vec<float> (&rows)[16]) {
+  const PixelGroup& group = out.table->groups[static_cast<size_t>(i)];
   transpose<float>(rows);
   for (int64_t c = 0; c < channels; ++c) {
-    const int64_t plane = (k + c) * channel_step;
+    const int64_t plane = (k + c) * out.channel_step;
     if (group.run) {
       const Vec<float> pixels = group.count == kTileRows
                                     ? rows[c]
                                     : compress_lanes(rows[c], group.somewhere);
-      store_out<float>(dtype, out, group.first + plane, pixels, group.count, 1);
+      store_out<float>(out.dtype, out.data, group.first + plane, pixels, group.count, 1);
       continue;
     }
+    const int64_t* const at = out.table->at.data() + i * kTileRows;
     float lanes[kTileRows];
     store(lanes, rows[c]);
-    with_storage<float>(dtype, [&](auto element) {
+    with_storage<float>(out.dtype, [&](auto element) {
       using T = decltype(element);
       for (int lane = 0; lane < kTileRows; ++lane) {
-        if (at[lane] != kNowhere) static_cast<T*>(out)[at[lane] + plane] = narrow<T>(lanes[lane]);
+        if (at[lane] == kNowhere) continue;
+        static_cast<T*>(out.data)[at[lane] + plane] = narrow<T>(lanes[lane]);
       }
     });
   }
