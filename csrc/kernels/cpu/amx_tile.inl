@@ -132,7 +132,8 @@ struct TileSteps {
   int64_t row_bytes;     // from one row to the next
   int64_t rows_tile;     // from the first 16 rows to the next 16
   int64_t rows_part;     // from one part of the rows to the next
-  const uint16_t* columns;  // [step][part][pair][column][2]
+  const uint16_t* columns;  // [step][part][tile][pair][column][2]
+  int64_t columns_part;     // from one part of the columns to the next
   int64_t columns_tile;     // from the first 16 columns to the next 16
 };
 
@@ -159,14 +160,14 @@ CNNK_INLINE void multiply_steps(const TileSteps& steps, int64_t begin, int64_t e
   if constexpr (R > 1 && C > 1) clear_tile<3>();
   for (int64_t i = begin; i < end; ++i) {
     const uint16_t* const rows = steps.rows + steps.offsets[i];
-    const uint16_t* const columns = steps.columns + i * Parts * kTileElements;
+    const uint16_t* const columns = steps.columns + i * Parts * steps.columns_part;
     const auto load_rows = [&](int part) __attribute__((always_inline)) {
       const uint16_t* const from = rows + part * steps.rows_part;
       load_tile<4>(from, steps.row_bytes);
       if constexpr (R > 1) load_tile<5>(from + steps.rows_tile, steps.row_bytes);
     };
     const auto load_columns = [&](int part) __attribute__((always_inline)) {
-      const uint16_t* const from = columns + part * kTileElements;
+      const uint16_t* const from = columns + part * steps.columns_part;
       load_tile<6>(from, 64);
       if constexpr (C > 1) load_tile<7>(from + steps.columns_tile, 64);
     };

@@ -32,6 +32,7 @@ struct WeightMatrix {
   int64_t from_channels, to_channels;  // of a group
   int64_t from_step, to_step, group_step;
   int64_t row_step, column_step;  // of kernel indices
+  int64_t kernel_size;            // taps of a pair of channels
 };
 
 // count <= 16 elements, `step` apart; zero past them.
@@ -51,44 +52,56 @@ CNNK_INLINE Vec<float> load_apart(const T* from, int64_t step, int64_t count) {
   return load(lanes);
 }
 
-// One tile of columns: 32 channels deep, 16 columns, [pair][column][2] a part.
+// Kernel indices of one pass, and a tap's offset among the weights.
+struct ClassTaps {
+  const std::vector<GridTap>& rows;
+  const std::vector<GridTap>& columns;
+};
+
+// Packs one block of 32 deep by 16 columns for all taps: [pair][column][2] a part,
+// `tap_step` from tap to tap. Vectors go along the columns. Where a column's weights
+// lie in one piece they are read along it, and squares are transposed.
 template <class T, int Parts>
-void pack_weight_tile(const T* weight, const WeightMatrix& matrix, int64_t depth, int64_t columns,
-                      uint16_t* to, Vec<float>& marks) {
-  if (matrix.from_step == 1 && matrix.to_step != 1) {
-    // Rows of the transposed tile lie in one piece: pairs are words, and words are
-    // transposed.
-    uint16_t rows[Parts][16][32];
-    for (int64_t k = 0; k < 16; ++k) {
-      Vec<float> a{}, b{};
-      if (k < columns) {
-        const T* const row = weight + k * matrix.to_step;
-        a = load_apart(row, 1, std::min<int64_t>(depth, 16));
-        if (depth > 16) b = load_apart(row + 16, 1, depth - 16);
+void pack_weight_block(const T* weight, const WeightMatrix& matrix, const ClassTaps& taps,
+                       int64_t kernel_size, int64_t depth, int64_t columns, uint16_t* to,
+                       int64_t part_step, int64_t tap_step, Vec<float>& marks) {
+  constexpr int64_t kMostKernel = 9;
+  const bool along_depth = matrix.from_step == 1 && matrix.to_step != 1;
+  const bool along_taps = matrix.from_step == kernel_size && kernel_size <= kMostKernel &&
+                          kernel_size > 1 && matrix.row_step < kernel_size &&
+                          matrix.column_step < kernel_size;
+  alignas(64) float squares[kMostKernel * kTileDepth][16];
+  const auto transpose_columns = [&](const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) {
+      Vec<float> square[16];
+      for (int64_t k = 0; k < 16; ++k) {
+        square[k] = k < columns ? load_apart(from + k * matrix.to_step + i, 1,
+                                             std::min<int64_t>(16, count - i))
+                                : Vec<float>{};
       }
-      mark(marks, a);
-      mark(marks, b);
-      store_parts<T, Parts>(a, b, rows[0][k], 16 * 32);
+      transpose<float>(square);
+      for (int64_t j = 0; j < 16; ++j) store(squares[i + j], square[j]);
     }
-    for (int part = 0; part < Parts; ++part) {
-      Vec<float> words[16];
-      for (int k = 0; k < 16; ++k) __builtin_memcpy(&words[k], rows[part][k], 64);
-      transpose<float>(words);
-      for (int q = 0; q < 16; ++q) {
-        __builtin_memcpy(to + part * kTileElements + q * 32, &words[q], 64);
+  };
+  if (along_taps) transpose_columns(weight, depth * kernel_size);
+  for (const GridTap& r : taps.rows) {
+    for (const GridTap& s : taps.columns) {
+      const int64_t tap = r.kernel_index * matrix.row_step + s.kernel_index * matrix.column_step;
+      if (along_depth) transpose_columns(weight + tap, depth);
+      const auto channel = [&](int64_t c) {
+        if (c >= depth) return Vec<float>{};
+        if (along_taps) return load(squares[c * kernel_size + tap]);
+        if (along_depth) return load(squares[c]);
+        return load_apart(weight + tap + c * matrix.from_step, matrix.to_step, columns);
+      };
+      for (int64_t q = 0; q < 16; ++q) {
+        const Vec<float> even = channel(2 * q), odd = channel(2 * q + 1);
+        mark(marks, even);
+        mark(marks, odd);
+        store_pairs<T, Parts>(even, odd, to + q * 32, part_step);
       }
+      to += tap_step;
     }
-    return;
-  }
-  for (int64_t q = 0; q < 16; ++q) {
-    const auto channel = [&](int64_t c) {
-      return c < depth ? load_apart(weight + c * matrix.from_step, matrix.to_step, columns)
-                       : Vec<float>{};
-    };
-    const Vec<float> even = channel(2 * q), odd = channel(2 * q + 1);
-    mark(marks, even);
-    mark(marks, odd);
-    store_pairs<T, Parts>(even, odd, to + q * 32, kTileElements);
   }
 }
 
@@ -136,48 +149,51 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, const Gri
       }
       table.at.resize(static_cast<size_t>(positions), kNowhere);
       group_pixels(table, pixels.plane.column_stride);
-      for (int64_t group = 0; group < groups; ++group) {
-        for (int64_t c = 0; c < group_channels; c += kTileDepth, to += positions * kTileDepth) {
-          const int64_t channels = std::min<int64_t>(kTileDepth, group_channels - c);
-          const T* const from = source + (group * group_channels + c) * channel_step;
-          for (int64_t i = 0; i < positions / kTileRows; ++i) {
-            Vec<float> a[16], b[16];
-            load_pixels(from, table, i, channel_step, std::min<int64_t>(channels, 16), a);
-            if (channels > 16) {
-              load_pixels(from + 16 * channel_step, table, i, channel_step, channels - 16, b);
-            } else {
-              for (Vec<float>& zero : b) zero = Vec<float>{};
+      in_memory_order(table, channel_step, [&](int64_t begin, int64_t end) {
+        uint16_t* block = to;
+        for (int64_t group = 0; group < groups; ++group) {
+          for (int64_t c = 0; c < group_channels; c += kTileDepth) {
+            const int64_t channels = std::min<int64_t>(kTileDepth, group_channels - c);
+            const T* const from = source + (group * group_channels + c) * channel_step;
+            for (int64_t i = begin; i < end; ++i) {
+              Vec<float> a[16], b[16];
+              load_pixels(from, table, i, channel_step, std::min<int64_t>(channels, 16), a);
+              if (channels > 16) {
+                load_pixels(from + 16 * channel_step, table, i, channel_step, channels - 16, b);
+              } else {
+                for (Vec<float>& zero : b) zero = Vec<float>{};
+              }
+              for (int64_t p = 0; p < kTileRows; ++p) {
+                mark(marks, a[p]);
+                mark(marks, b[p]);
+                store_parts<T, Parts>(a[p], b[p], block + (i * kTileRows + p) * kTileDepth,
+                                      part_step);
+              }
             }
-            for (int64_t p = 0; p < kTileRows; ++p) {
-              mark(marks, a[p]);
-              mark(marks, b[p]);
-              store_parts<T, Parts>(a[p], b[p], to + (i * kTileRows + p) * kTileDepth, part_step);
-            }
+            block += positions * kTileDepth;
           }
         }
-      }
+      });
+      to += groups * ceil_div(group_channels, kTileDepth) * positions * kTileDepth;
     }
   }
 }
 
-// Stores one block of sums while the next is multiplied.
+// What vectors do while tiles multiply: they store the block before, and fetch the
+// weights that come next into the second-level cache.
 class BlockStore {
  public:
-  explicit BlockStore(const PixelsOut& out) : out_(out) {}
+  explicit BlockStore(const PixelsOut& out) : out_(out), by_planes_(out.channel_step != 1) {}
   ~BlockStore() { finish(); }
   BlockStore(const BlockStore&) = delete;
   BlockStore& operator=(const BlockStore&) = delete;
 
-  // Where the next block's sums go.
-  float* sums() { return sums_[current_]; }
-
-  // Takes over the sums: `pixels` <= 32 from number `first` on, `channels` <= 32 from
+  // Takes over sums: `pixels` <= 32 from number `first` on, `channels` <= 32 from
   // channel k on. They are stored by so many calls of next(), and finish().
-  void take(int64_t first, int64_t pixels, int64_t k, int64_t channels, const Vec<float>* bias,
-            int64_t calls) {
+  void take(const float* sums, int64_t first, int64_t pixels, int64_t k, int64_t channels,
+            const Vec<float>* bias, int64_t calls) {
     finish();
-    stored_ = sums_[current_];
-    current_ = 1 - current_;
+    sums_ = sums;
     first_ = first;
     pixels_ = pixels;
     k_ = k;
@@ -185,13 +201,21 @@ class BlockStore {
     bias_[0] = bias[0];
     bias_[1] = bias[1];
     next_ = 0;
-    by_planes_ = out_.channel_step != 1;
     count_ = by_planes_ ? ceil_div(pixels, 16) * ceil_div(channels, 16) : pixels;
     a_call_ = ceil_div(count_, calls);
   }
 
+  // Fetches [begin, end) in so many calls.
+  void fetch(const uint16_t* begin, const uint16_t* end, int64_t calls) {
+    fetched_ = reinterpret_cast<const char*>(begin);
+    fetch_end_ = reinterpret_cast<const char*>(end);
+    fetch_a_call_ = ceil_div(ceil_div(fetch_end_ - fetched_, 64), calls) * 64;
+  }
+
   CNNK_INLINE void next() {
     if (next_ < count_) store_until(std::min(count_, next_ + a_call_));
+    const char* const end = std::min(fetch_end_, fetched_ + fetch_a_call_);
+    for (; fetched_ < end; fetched_ += 64) __builtin_prefetch(fetched_, 0, 2);
   }
 
   void finish() { store_until(count_); }
@@ -205,7 +229,7 @@ class BlockStore {
         const int64_t c = next_ / halves * 16;
         Vec<float> rows[16];
         for (int64_t p = 0; p < 16; ++p) {
-          rows[p] = load(stored_ + (half * 16 + p) * kBlock + c) + bias_[c / 16];
+          rows[p] = load(sums_ + (half * 16 + p) * kBlock + c) + bias_[c / 16];
         }
         store_planes_of(out_, first_ / 16 + half, k_ + c, std::min<int64_t>(16, channels_ - c),
                         rows);
@@ -213,7 +237,7 @@ class BlockStore {
       }
       const int64_t at = out_.table->at[static_cast<size_t>(first_ + next_)];
       if (at == kNowhere) continue;
-      const float* const from = stored_ + next_ * kBlock;
+      const float* const from = sums_ + next_ * kBlock;
       store_pixel(out_, at, k_, std::min<int64_t>(16, channels_), load(from) + bias_[0]);
       if (channels_ > 16) {
         store_pixel(out_, at, k_ + 16, channels_ - 16, load(from + 16) + bias_[1]);
@@ -222,14 +246,19 @@ class BlockStore {
   }
 
   PixelsOut out_;
+  bool by_planes_;
+  const float* sums_ = nullptr;
   int64_t first_ = 0, pixels_ = 0, k_ = 0, channels_ = 0;
-  int64_t next_ = 0, count_ = 0, a_call_ = 0;
-  bool by_planes_ = false;
-  int current_ = 0;
-  const float* stored_ = nullptr;
   Vec<float> bias_[2] = {};
-  alignas(64) float sums_[2][kBlock * kBlock];
+  int64_t next_ = 0, count_ = 0, a_call_ = 0;
+  const char* fetched_ = nullptr;
+  const char* fetch_end_ = nullptr;
+  int64_t fetch_a_call_ = 0;
 };
+
+// Weights of a block of columns that are used for all pixels of a chunk before the
+// next: they, those that come next, and the chunk fit into a second-level cache.
+constexpr int64_t kWeightSliceBytes = 256 * 1024;
 
 // A product over all classes: forward has one.
 template <int Parts>
@@ -287,18 +316,17 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
           const int64_t group = i / blocks / column_tiles;
           const T* const from = static_cast<const T*>(weight) + group * matrix.group_step +
                                 block * kTileDepth * matrix.from_step + tile * 16 * matrix.to_step;
-          uint16_t* to = tiles + steps.weights +
-                         ((group * column_tiles + tile) * count + block * taps) * Parts *
-                             kTileElements;
-          for (const GridTap& r : steps.rows->taps) {
-            for (const GridTap& s : steps.columns->taps) {
-              pack_weight_tile<T, Parts>(
-                  from + r.kernel_index * matrix.row_step + s.kernel_index * matrix.column_step,
-                  matrix, std::min<int64_t>(kTileDepth, group_in - block * kTileDepth),
-                  std::min<int64_t>(16, group_out - tile * 16), to, marks);
-              to += Parts * kTileElements;
-            }
-          }
+          // Two tiles of columns lie together, but for a last one.
+          const int64_t pair = tile / 2 * 2;
+          const int64_t width = std::min<int64_t>(2, column_tiles - pair);
+          const int64_t part = width * kTileElements;
+          uint16_t* const to = tiles + steps.weights +
+                               (group * column_tiles + pair) * count * Parts * kTileElements +
+                               block * taps * Parts * part + tile % 2 * kTileElements;
+          pack_weight_block<T, Parts>(
+              from, matrix, {steps.rows->taps, steps.columns->taps}, matrix.kernel_size,
+              std::min<int64_t>(kTileDepth, group_in - block * kTileDepth),
+              std::min<int64_t>(16, group_out - tile * 16), to, part, Parts * part, marks);
         }
       });
       if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
@@ -306,6 +334,8 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
   }
   if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
 
+  // Steps in a slice of the weights.
+  const int64_t slice = kWeightSliceBytes / (2 * Parts * kTileElements * 2);
   // A task packs a chunk and computes some of its channels.
   const int64_t row_chunks = ceil_div(grid.rows.count, plan.rows_per_task);
   const int64_t chunks = ceil_div(batch, plan.images_per_chunk) * row_chunks;
@@ -315,6 +345,9 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
     uint16_t* const packed = workspace.as<uint16_t>();
     const TileScope tile_scope;
     PixelTable table;
+    constexpr int64_t kSums = kBlock * kBlock;
+    alignas(64) float two_sums[2][kSums];
+    std::vector<float> sums;  // of all blocks, where there are several slices
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / channel_ranges;
       const int64_t k_begin = task % channel_ranges * plan.channels_per_task;
@@ -356,20 +389,21 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
         group_pixels(table, destination.plane.column_stride);
         const int64_t run_blocks = ceil_div(run_length, kBlock);
         const int64_t count = static_cast<int64_t>(steps.offsets.size());
-        BlockStore blocks_out({dtype, out, destination.plane.channel_stride, &table});
+        if (count > slice) sums.resize(static_cast<size_t>(runs * run_blocks * kSums));
+        BlockStore meanwhile({dtype, out, destination.plane.channel_stride, &table});
         for (int64_t group = 0; group < groups; ++group) {
           for (int64_t k = k_begin; k < k_end; k += kBlock) {
             const int64_t columns = std::min(kBlock, k_end - k);
             const int64_t channel = group * group_out + k;
             TileSteps product;
             product.offsets = steps.offsets.data();
-            product.count = count;
             product.row_bytes = kTileDepth * static_cast<int64_t>(sizeof(uint16_t));
             product.rows_tile = kTileElements;
             product.rows_part = part_step;
-            product.columns_tile = count * Parts * kTileElements;
             product.columns = tiles + steps.weights +
-                              (group * column_tiles + k / 16) * product.columns_tile;
+                              (group * column_tiles + k / 16) * count * Parts * kTileElements;
+            product.columns_part = ceil_div(columns, 16) * kTileElements;
+            product.columns_tile = kTileElements;
             const auto bias_at = [&](int64_t c) {
               const int64_t rest = columns - c;
               if (bias == nullptr || rest <= 0) return Vec<float>{};
@@ -377,18 +411,29 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
               return rest >= 16 ? load(from) : load_head(from, rest);
             };
             const Vec<float> biases[2] = {bias_at(0), bias_at(16)};
-            for (int64_t run = 0; run < runs; ++run) {
-              const uint16_t* const from =
-                  packed + (group * blocks * positions +
-                            run * (rows + grid.rows.extra) * pitch) *
-                               kTileDepth;
-              for (int64_t block = 0; block < run_blocks; ++block) {
+            for (int64_t begin = 0; begin < count || begin == 0; begin += slice) {
+              const int64_t end = std::min(count, begin + slice);
+              const int64_t calls =
+                  std::max<int64_t>(1, (end - begin) * products_of_parts(Parts));
+              const int64_t step = Parts * product.columns_part;
+              const uint16_t* const slice_end = product.columns + end * step;
+              meanwhile.fetch(slice_end,
+                              std::min<const uint16_t*>(slice_end + (end - begin) * step,
+                                                        tiles + weight_elements),
+                              calls * runs * run_blocks);
+              for (int64_t i = 0; i < runs * run_blocks; ++i) {
+                const int64_t run = i / run_blocks, block = i % run_blocks;
                 const int64_t pixels = std::min(kBlock, run_length - block * kBlock);
-                product.rows = from + block * kBlock * kTileDepth;
-                multiply_block<Parts>(product, 0, count, pixels, columns, false, blocks_out,
-                                      blocks_out.sums());
-                blocks_out.take((run * run_blocks + block) * kBlock, pixels, channel, columns,
-                                biases, std::max<int64_t>(1, count * products_of_parts(Parts)));
+                product.rows = packed + (group * blocks * positions +
+                                         run * (rows + grid.rows.extra) * pitch +
+                                         block * kBlock) *
+                                            kTileDepth;
+                float* const to = count > slice ? sums.data() + i * kSums : two_sums[i % 2];
+                multiply_block<Parts>(product, begin, end, pixels, columns, begin > 0, meanwhile,
+                                      to);
+                if (end == count) {
+                  meanwhile.take(to, i * kBlock, pixels, channel, columns, biases, calls);
+                }
               }
             }
           }
@@ -409,7 +454,8 @@ bool forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
                                problem.weight_stride_k,
                                group_out * problem.weight_stride_k,
                                problem.weight_stride_r,
-                               problem.weight_stride_s};
+                               problem.weight_stride_s,
+                               problem.kernel_height * problem.kernel_width};
   return grid_pass<Parts>(
       plan, pool, problem.dtype, forward_grid(problem), problem.groups, problem.batch,
       pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width), input,
@@ -428,7 +474,8 @@ bool input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
                                problem.weight_stride_c,
                                group_out * problem.weight_stride_k,
                                problem.weight_stride_r,
-                               problem.weight_stride_s};
+                               problem.weight_stride_s,
+                               problem.kernel_height * problem.kernel_width};
   return grid_pass<Parts>(
       plan, pool, problem.dtype, gradient_grid(problem), problem.groups, problem.batch,
       pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),

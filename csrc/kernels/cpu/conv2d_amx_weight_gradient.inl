@@ -9,13 +9,12 @@
 // added in their order. The problem alone decides how many there are, so that a sum has
 // one order whatever the number of threads.
 
-// Packs 16 channels' planes.
+// Packs 16 channels' planes of the table's groups [begin, end), which are even.
 template <class T, int Parts>
-void pack_planes_of_parts(const T* from, const PixelTable& table, int64_t channel_step,
-                          int64_t channels, uint16_t* to, int64_t plane, int64_t part_step,
-                          Vec<float>& marks) {
-  const int64_t groups = static_cast<int64_t>(table.groups.size());
-  for (int64_t i = 0; i < groups; i += 2) {
+void pack_planes_of_parts(const T* from, const PixelTable& table, int64_t begin, int64_t end,
+                          int64_t channel_step, int64_t channels, uint16_t* to, int64_t plane,
+                          int64_t part_step, Vec<float>& marks) {
+  for (int64_t i = begin; i < end; i += 2) {
     Vec<float> a[16], b[16];
     load_planes(from, table, i, channel_step, channels, a);
     load_planes(from, table, i + 1, channel_step, channels, b);
@@ -29,10 +28,10 @@ void pack_planes_of_parts(const T* from, const PixelTable& table, int64_t channe
 
 // Packs 16 output channels as tiles of columns, 32 pixels each.
 template <class T, int Parts>
-void pack_gradient_tiles(const T* from, const PixelTable& table, int64_t channel_step,
-                         int64_t channels, uint16_t* to, Vec<float>& marks) {
-  const int64_t groups = static_cast<int64_t>(table.groups.size());
-  for (int64_t i = 0; i < groups; ++i) {
+void pack_gradient_tiles(const T* from, const PixelTable& table, int64_t begin, int64_t end,
+                         int64_t channel_step, int64_t channels, uint16_t* to,
+                         Vec<float>& marks) {
+  for (int64_t i = begin; i < end; ++i) {
     Vec<float> rows[16];
     load_pixels(from, table, i, channel_step, channels, rows);
     uint16_t* const tile = to + i / 2 * Parts * kTileElements + i % 2 * (kTileElements / 2);
@@ -168,22 +167,26 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
           using T = decltype(element);
           const int64_t channel_step = source.plane.channel_stride;
           for (size_t residue = 0; residue < pixels.sources.size(); ++residue) {
-            for (int64_t c = c_begin; c < c_end; c += 16) {
-              pack_planes_of_parts<T, Parts>(
-                  static_cast<const T*>(input) + (group * group_in + c) * channel_step,
-                  pixels.sources[residue], channel_step, std::min<int64_t>(16, c_end - c),
-                  planes + static_cast<int64_t>(residue) * planes_step + (c - c_begin) * plane,
-                  plane, source_part, marks);
+            const PixelTable& table = pixels.sources[residue];
+            in_memory_order(table, channel_step, [&](int64_t begin, int64_t end) {
+              for (int64_t c = c_begin; c < c_end; c += 16) {
+                pack_planes_of_parts<T, Parts>(
+                    static_cast<const T*>(input) + (group * group_in + c) * channel_step, table,
+                    begin, end, channel_step, std::min<int64_t>(16, c_end - c),
+                    planes + static_cast<int64_t>(residue) * planes_step + (c - c_begin) * plane,
+                    plane, source_part, marks);
+              }
+            });
+          }
+          in_memory_order(pixels.outputs, channel_step, [&](int64_t begin, int64_t end) {
+            for (int64_t k = 0; k < group_out; k += 16) {
+              pack_gradient_tiles<T, Parts>(
+                  static_cast<const T*>(grad_output) +
+                      (group * group_out + k) * gradient.plane.channel_stride,
+                  pixels.outputs, begin, end, gradient.plane.channel_stride,
+                  std::min<int64_t>(16, group_out - k), gradients + k / 16 * gradient_tile, marks);
             }
-          }
-          for (int64_t tile = 0; tile < out_tiles; ++tile) {
-            const int64_t k = tile * 16;
-            pack_gradient_tiles<T, Parts>(
-                static_cast<const T*>(grad_output) +
-                    (group * group_out + k) * gradient.plane.channel_stride,
-                pixels.outputs, gradient.plane.channel_stride,
-                std::min<int64_t>(16, group_out - k), gradients + tile * gradient_tile, marks);
-          }
+          });
         });
         if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
         if (!finite.load(std::memory_order_relaxed)) return;
@@ -194,6 +197,7 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         product.row_bytes = plane * static_cast<int64_t>(sizeof(uint16_t));
         product.rows_tile = 16 * plane;
         product.rows_part = source_part;
+        product.columns_part = kTileElements;
         product.columns_tile = gradient_tile;
         for (int64_t c = c_begin; c < c_end; c += kBlock) {
           for (int64_t k = 0; k < group_out; k += kBlock) {

@@ -71,6 +71,16 @@ inline void group_pixels(PixelTable& table, int64_t neighbour) {
   }
 }
 
+// Calls body(begin, end) for ranges of groups, in which it goes over all channels:
+// short ones where a pixel's channels lie together, for they are then read in the
+// order of memory; long ones where its planes lie apart.
+template <class Body>
+CNNK_INLINE void in_memory_order(const PixelTable& table, int64_t channel_step, Body&& body) {
+  const int64_t groups = static_cast<int64_t>(table.groups.size());
+  const int64_t range = channel_step == 1 ? 2 : 32;
+  for (int64_t i = 0; i < groups; i += range) body(i, std::min(groups, i + range));
+}
+
 // The first lanes of v spread over the lanes of the mask, zero elsewhere.
 CNNK_INLINE Vec<float> expand_lanes(Vec<float> v, uint32_t mask) {
 #if !defined(CNNK_EMULATE_AVX512)
