@@ -42,6 +42,7 @@ Conv2dPlan pass_plan(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa 
   const int64_t other_tasks =
       plan.images_per_chunk * problem.groups * ceil_div(group_channels, plan.channels_per_task);
   plan.rows_per_task = std::max<int64_t>(1, rows_per_task(rows, other_tasks, plan.threads));
+  plan.channels_per_slice = 0;
   plan.in_place = false;
   plan.workspace_bytes = plan.images_per_chunk * image_bytes;
   return plan;
@@ -163,6 +164,8 @@ Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, in
 
 // What a thread packs at a time: half of a second-level cache, beside the weights.
 constexpr int64_t kAmxChunkBytes = 1024 * 1024;
+// Packed weights of which more does not stay in a second-level cache.
+constexpr int64_t kAmxFewWeightBytes = 2 * 1024 * 1024;
 constexpr int64_t kAmxGradientBytes = 1536 * 1024;
 
 // A pass on matrix tiles from `from` channels a group to `to`.
@@ -172,6 +175,24 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
   const int64_t element = 2 * amx_parts(problem);
   const int64_t position_bytes =
       element * grid.residues() * problem.groups * round_up(from, kAmxDepth);
+  const int64_t weight_bytes = element * problem.groups * round_up(from, kAmxDepth) *
+                               round_up(to, 16) * problem.kernel_height * problem.kernel_width;
+  const int64_t positions = grid.positions(problem.batch, grid.rows.count);
+  const int64_t range = round_up(ceil_div(to, plan.threads), kAmxBlock);
+  const int64_t sums_bytes = 4 * positions * grid.destinations() * range;
+  if (problem.groups == 1 && weight_bytes > kAmxFewWeightBytes && sums_bytes <= kAmxChunkBytes) {
+    plan.images_per_chunk = problem.batch;
+    plan.rows_per_task = grid.rows.count;
+    plan.channels_per_task = range;
+    const int64_t block_bytes = element * kAmxDepth * grid.residues() * positions;
+    const int64_t blocks = ceil_div(from, kAmxDepth);
+    const int64_t slices = ceil_div(blocks * block_bytes, kAmxChunkBytes);
+    plan.channels_per_slice = ceil_div(blocks, std::min(slices, blocks)) * kAmxDepth;
+    plan.workspace_bytes = plan.threads * (plan.channels_per_slice / kAmxDepth * block_bytes +
+                                           sums_bytes + weight_bytes / ceil_div(to, kAmxBlock) /
+                                                            ceil_div(from, plan.channels_per_slice));
+    return plan;
+  }
   const GridChunk chunk =
       grid_chunk(grid, problem.batch, position_bytes, kAmxChunkBytes, plan.threads);
   plan.images_per_chunk = chunk.images;
@@ -186,9 +207,7 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
   }
   plan.channels_per_task = ceil_div(blocks, ranges) * kAmxBlock;
   plan.workspace_bytes =
-      plan.threads * position_bytes * grid.positions(chunk.images, chunk.rows) +
-      element * problem.groups * round_up(from, kAmxDepth) * round_up(to, 16) *
-          problem.kernel_height * problem.kernel_width;
+      plan.threads * position_bytes * grid.positions(chunk.images, chunk.rows) + weight_bytes;
   return plan;
 }
 

@@ -68,6 +68,7 @@ struct Conv2dPlan {
   int64_t images_per_chunk;  // images packed at a time
   int64_t rows_per_task;     // output rows in one task
   int64_t channels_per_task;
+  int64_t channels_per_slice;  // amx: source channels packed at a time, or 0 for all
   bool in_place;  // reads the input where it lies, without packing
   int64_t workspace_bytes;
 };

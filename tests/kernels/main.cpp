@@ -94,12 +94,30 @@ bool reads_border(const Conv2dProblem& p) {
          (p.out_width - 1) * p.stride_w + (p.kernel_width - 1) * p.dilation_w >= p.in_width;
 }
 
+// Cuts the work of matrix tiles in any way: problems large enough for the planner to
+// do so would take long.
+Conv2dPlan cut_at_random(Random& random, const Conv2dProblem& p, Conv2dPlan plan) {
+  if (plan.algorithm != ConvAlgorithm::amx || random.chance(30)) return plan;
+  plan.images_per_chunk = random.between(1, std::max<int64_t>(1, p.batch));
+  plan.rows_per_task = random.between(1, std::max<int64_t>(1, plan.rows_per_task));
+  plan.channels_per_task = 32 * random.between(1, 2);
+  if (p.groups == 1 && random.chance(40)) plan.channels_per_slice = 32 * random.between(1, 2);
+  return plan;
+}
+
 // Every algorithm, whatever a planner would choose, and then the choice.
 void check_conv2d(Random& random) {
   const Conv2dProblem p = random_conv2d(random);
   const Element element = element_of(p.dtype);
   Conv2dTensors tensors(random, p);
   Tensor grad_output = random_tensor(random, tensors.output_shape, p.dtype);
+  // More bits than a bfloat16 has: the sum of two.
+  if (p.dtype == DType::float32 && random.chance(50)) {
+    tensors.input = random_tensor(random, tensors.input.shape, p.dtype, 400);
+  }
+  if (p.dtype == DType::float32 && random.chance(50)) {
+    grad_output = random_tensor(random, tensors.output_shape, p.dtype, 400);
+  }
   if (random.chance(20)) add_specials(random, tensors.input, 2);
   // Depthwise kernels leave the border out, where others multiply by its zeros: an
   // infinite gradient makes NaN of a zero.
@@ -122,18 +140,21 @@ void check_conv2d(Random& random) {
           if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
           if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
           const Memory out(element, tensors.output_shape, tensors.output_strides);
-          conv2d_forward(p, plan_forward(p, algorithm, isa, pool.threads), pool, input.data(),
-                         weight.data(), bias_data, out.data());
+          conv2d_forward(
+              p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)), pool,
+              input.data(), weight.data(), bias_data, out.data());
           expect_holds(out, output, "output");
           GradientMemory to(random, element, tensors);
           to.wants_bias = false;
           if (to.wants_input) {
-            conv2d_input_gradient(p, plan_input_gradient(p, algorithm, isa, pool.threads), pool,
-                                  grad_out.data(), weight.data(), to.input_data());
+            conv2d_input_gradient(
+                p, cut_at_random(random, p, plan_input_gradient(p, algorithm, isa, pool.threads)),
+                pool, grad_out.data(), weight.data(), to.input_data());
           }
           if (to.wants_weight) {
-            conv2d_weight_gradient(p, plan_weight_gradient(p, algorithm, isa, pool.threads), pool,
-                                   grad_out.data(), input.data(), to.weight_data());
+            conv2d_weight_gradient(
+                p, cut_at_random(random, p, plan_weight_gradient(p, algorithm, isa, pool.threads)),
+                pool, grad_out.data(), input.data(), to.weight_data());
           }
           to.expect_all(gradients);
         });

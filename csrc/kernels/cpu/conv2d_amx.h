@@ -44,6 +44,9 @@ struct Grid {
   int64_t residues() const {
     return static_cast<int64_t>(rows.residues.size() * columns.residues.size());
   }
+  int64_t destinations() const {  // classes of them
+    return static_cast<int64_t>(rows.passes.size() * columns.passes.size());
+  }
   int64_t positions(int64_t images, int64_t row_count) const {
     return images * (row_count + rows.extra) * columns.pitch();
   }

@@ -125,11 +125,13 @@ inline Pixels pixels_of(Layout layout, int64_t channels, int64_t height, int64_t
           channels};
 }
 
-// Packs the grid's chunk that starts at `image` and row `j0`.
+// Packs channels [c_begin, c_end) of each group of the grid's chunk that starts at
+// `image` and row `j0`.
 template <class T, int Parts>
-void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, const Grid& grid,
-                int64_t image, int64_t images, int64_t j0, int64_t rows, int64_t positions,
-                uint16_t* packed, int64_t part_step, Vec<float>& marks) {
+void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, int64_t c_begin,
+                int64_t c_end, const Grid& grid, int64_t image, int64_t images, int64_t j0,
+                int64_t rows, int64_t positions, uint16_t* packed, int64_t residue_step,
+                int64_t part_step, Vec<float>& marks) {
   const int64_t group_channels = pixels.channels / groups;
   const int64_t pitch = grid.columns.pitch();
   const int64_t channel_step = pixels.plane.channel_stride;
@@ -152,8 +154,8 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, const Gri
       in_memory_order(table, channel_step, [&](int64_t begin, int64_t end) {
         uint16_t* block = to;
         for (int64_t group = 0; group < groups; ++group) {
-          for (int64_t c = 0; c < group_channels; c += kTileDepth) {
-            const int64_t channels = std::min<int64_t>(kTileDepth, group_channels - c);
+          for (int64_t c = c_begin; c < c_end; c += kTileDepth) {
+            const int64_t channels = std::min<int64_t>(kTileDepth, c_end - c);
             const T* const from = source + (group * group_channels + c) * channel_step;
             for (int64_t i = begin; i < end; ++i) {
               Vec<float> a[16], b[16];
@@ -174,7 +176,7 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, const Gri
           }
         }
       });
-      to += groups * ceil_div(group_channels, kTileDepth) * positions * kTileDepth;
+      to += residue_step;
     }
   }
 }
@@ -209,7 +211,8 @@ class BlockStore {
   void fetch(const uint16_t* begin, const uint16_t* end, int64_t calls) {
     fetched_ = reinterpret_cast<const char*>(begin);
     fetch_end_ = reinterpret_cast<const char*>(end);
-    fetch_a_call_ = ceil_div(ceil_div(fetch_end_ - fetched_, 64), calls) * 64;
+    fetch_a_call_ =
+        ceil_div(ceil_div(fetch_end_ - fetched_, 64), std::max<int64_t>(1, calls)) * 64;
   }
 
   CNNK_INLINE void next() {
@@ -256,77 +259,285 @@ class BlockStore {
   int64_t fetch_a_call_ = 0;
 };
 
-// Weights of a block of columns that are used for all pixels of a chunk before the
-// next: they, those that come next, and the chunk fit into a second-level cache.
-constexpr int64_t kWeightSliceBytes = 256 * 1024;
+// A pass over a grid: forward, or an input gradient with its residue classes.
+struct GridProblem {
+  DType dtype;
+  int64_t groups, batch;
+  Grid grid;
+  Pixels source, destination;
+  const void* source_data;
+  WeightMatrix matrix;
+  const void* weight;
+  const float* bias;
+  void* out;
 
-// A product over all classes: forward has one.
-template <int Parts>
-bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, const Grid& grid,
-               int64_t groups, int64_t batch, const Pixels& source, const void* source_data,
-               const WeightMatrix& matrix, const void* weight, const void* bias_data,
-               const Pixels& destination, void* out) {
-  const bool serial = plan.threads == 1;
-  const int64_t group_in = matrix.from_channels, group_out = matrix.to_channels;
-  const int64_t blocks = ceil_div(group_in, kTileDepth);
-  const int64_t column_tiles = ceil_div(group_out, 16);
-  const int64_t pitch = grid.columns.pitch();
-  const int64_t positions =
-      round_up(grid.positions(plan.images_per_chunk, plan.rows_per_task) + kSlack, kTileRows);
-  const int64_t part_step = grid.residues() * groups * blocks * positions * kTileDepth;
+  int64_t blocks() const { return ceil_div(matrix.from_channels, kTileDepth); }
+  int64_t column_tiles() const { return ceil_div(matrix.to_channels, 16); }
+};
 
+// The steps of all classes in `blocks` blocks of channels that are packed at a time.
+inline std::vector<ClassSteps> class_steps(const GridProblem& problem, int64_t blocks,
+                                           int64_t residue_step, int64_t positions) {
+  const Grid& grid = problem.grid;
   std::vector<ClassSteps> classes;
-  int64_t weight_elements = 0;
   for (const GridPass& rows : grid.rows.passes) {
     for (const GridPass& columns : grid.columns.passes) {
-      ClassSteps steps = {&rows, &columns, {}, weight_elements};
+      ClassSteps steps = {&rows, &columns, {}, 0};
       for (int64_t block = 0; block < blocks; ++block) {
         for (const GridTap& r : rows.taps) {
           for (const GridTap& s : columns.taps) {
             const int64_t residue =
                 static_cast<int64_t>(r.residue * grid.columns.residues.size() + s.residue);
-            steps.offsets.push_back(
-                ((residue * groups * blocks + block) * positions + r.cell * pitch + s.cell) *
-                kTileDepth);
+            steps.offsets.push_back(residue * residue_step +
+                                    (block * positions + r.cell * grid.columns.pitch() + s.cell) *
+                                        kTileDepth);
           }
         }
       }
-      weight_elements += groups * column_tiles * static_cast<int64_t>(steps.offsets.size()) *
-                         Parts * kTileElements;
       classes.push_back(std::move(steps));
     }
   }
+  return classes;
+}
 
-  const Workspace weight_workspace(weight_elements * static_cast<int64_t>(sizeof(uint16_t)) +
-                                   destination.channels * static_cast<int64_t>(sizeof(float)));
-  float* const bias_scratch = weight_workspace.as<float>();
-  uint16_t* const tiles = reinterpret_cast<uint16_t*>(bias_scratch + destination.channels);
-  const float* const bias =
-      widened_bias<float>(dtype, bias_data, destination.channels, bias_scratch);
+// Packs the weights of blocks [begin, end) of channels and of up to two tiles of columns
+// from `tile` on: [step][part][tile].
+template <class T, int Parts>
+void pack_class_weights(const GridProblem& problem, const ClassSteps& steps, int64_t group,
+                        int64_t begin, int64_t end, int64_t tile, uint16_t* to,
+                        Vec<float>& marks) {
+  const WeightMatrix& matrix = problem.matrix;
+  const int64_t taps = static_cast<int64_t>(steps.rows->taps.size() * steps.columns->taps.size());
+  const int64_t width = std::min<int64_t>(2, problem.column_tiles() - tile);
+  const int64_t part = width * kTileElements;
+  for (int64_t i = 0; i < width; ++i) {
+    for (int64_t block = begin; block < end; ++block) {
+      pack_weight_block<T, Parts>(
+          static_cast<const T*>(problem.weight) + group * matrix.group_step +
+              block * kTileDepth * matrix.from_step + (tile + i) * 16 * matrix.to_step,
+          matrix, {steps.rows->taps, steps.columns->taps}, matrix.kernel_size,
+          std::min<int64_t>(kTileDepth, matrix.from_channels - block * kTileDepth),
+          std::min<int64_t>(16, matrix.to_channels - (tile + i) * 16),
+          to + (block - begin) * taps * Parts * part + i * kTileElements, part, Parts * part,
+          marks);
+    }
+  }
+}
+
+// A class's destinations in a chunk, as runs of pixels in whole blocks.
+struct ClassPixels {
+  PixelTable table;
+  int64_t runs, run_length, run_blocks;
+  int64_t run_step;  // positions from a run to the next
+
+  int64_t blocks() const { return runs * run_blocks; }
+};
+
+// Chunk: `images` from `image` on, `rows` rows of the grid from j0 on. Without border
+// rows all images are one run.
+inline void locate_class(ClassPixels& pixels, const GridProblem& problem, const ClassSteps& steps,
+                         int64_t image, int64_t images, int64_t j0, int64_t rows) {
+  const Grid& grid = problem.grid;
+  const Pixels& destination = problem.destination;
+  const int64_t pitch = grid.columns.pitch();
+  const int64_t class_rows = std::clamp<int64_t>(steps.rows->count - j0, 0, rows);
+  const bool one_run = grid.rows.extra == 0;
+  const int64_t run_rows = one_run ? rows : class_rows;
+  pixels.runs = one_run ? 1 : images;
+  pixels.run_length = (one_run ? images : 1) * run_rows * pitch;
+  if (class_rows == 0 || steps.columns->count == 0) pixels.run_length = 0;
+  pixels.run_blocks = ceil_div(pixels.run_length, kBlock);
+  pixels.run_step = (rows + grid.rows.extra) * pitch;
+  pixels.table.at.clear();
+  pixels.table.groups.clear();
+  if (pixels.run_length == 0) return;
+  const PixelAxis row_axis = {steps.rows->first + j0 * steps.rows->stride, steps.rows->stride,
+                              destination.plane.height};
+  const PixelAxis column_axis = {steps.columns->first, steps.columns->stride,
+                                 destination.plane.width};
+  for (int64_t i = 0; i < images; ++i) {
+    append_pixels(pixels.table, (image + i) * destination.image_step, destination.plane, row_axis,
+                  run_rows, column_axis, pitch);
+    if (!one_run) pad_table(pixels.table, kBlock);
+  }
+  pad_table(pixels.table, kBlock);
+  group_pixels(pixels.table, destination.plane.column_stride);
+}
+
+// One block of columns of one class.
+struct ColumnBlock {
+  int64_t channel;  // of all groups
+  int64_t columns;
+  Vec<float> biases[2];
+};
+
+inline ColumnBlock column_block(const GridProblem& problem, int64_t group, int64_t k,
+                                int64_t k_end) {
+  ColumnBlock block = {group * problem.matrix.to_channels + k, std::min(kBlock, k_end - k), {}};
+  for (int64_t c = 0; c < block.columns && problem.bias != nullptr; c += 16) {
+    const int64_t rest = block.columns - c;
+    const float* const from = problem.bias + block.channel + c;
+    block.biases[c / 16] = rest >= 16 ? load(from) : load_head(from, rest);
+  }
+  return block;
+}
+
+constexpr int64_t kSums = kBlock * kBlock;
+
+// Multiplies steps [begin, end) of a block of columns with all blocks of pixels, from
+// packed weights of these steps. Sums of all blocks are in `sums`, or, where these are
+// all steps, go straight to their destination.
+template <int Parts>
+void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool all_steps,
+                     bool first, bool last, const ClassPixels& pixels, const uint16_t* packed,
+                     int64_t part_step, const uint16_t* weights, const ColumnBlock& columns,
+                     BlockStore& meanwhile, float (&two_sums)[2][kSums], float* sums) {
+  TileSteps product;
+  product.offsets = steps.offsets.data() + begin;
+  product.row_bytes = kTileDepth * static_cast<int64_t>(sizeof(uint16_t));
+  product.rows_tile = kTileElements;
+  product.rows_part = part_step;
+  product.columns = weights;
+  product.columns_part = ceil_div(columns.columns, 16) * kTileElements;
+  product.columns_tile = kTileElements;
+  const int64_t calls = std::max<int64_t>(1, (end - begin) * products_of_parts(Parts));
+  for (int64_t i = 0; i < pixels.blocks(); ++i) {
+    const int64_t run = i / pixels.run_blocks, block = i % pixels.run_blocks;
+    const int64_t count = std::min(kBlock, pixels.run_length - block * kBlock);
+    product.rows = packed + (run * pixels.run_step + block * kBlock) * kTileDepth;
+    float* const to = all_steps ? two_sums[i % 2] : sums + i * kSums;
+    multiply_block<Parts>(product, 0, end - begin, count, columns.columns, !first, meanwhile, to);
+    if (last) {
+      meanwhile.take(to, i * kBlock, count, columns.channel, columns.columns, columns.biases,
+                     calls);
+    }
+  }
+}
+
+// Few pixels and many weights: a task has some output channels of all pixels, and
+// packs sources and weights as it goes, some channels at a time, so that every weight
+// is packed once and used while it is in the cache.
+template <int Parts>
+bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
+  const Grid& grid = problem.grid;
+  const int64_t from = problem.matrix.from_channels, to = problem.matrix.to_channels;
+  const int64_t positions =
+      round_up(grid.positions(problem.batch, grid.rows.count) + kSlack, kTileRows);
+  const int64_t slice_blocks = plan.channels_per_slice / kTileDepth;
+  const int64_t residue_step = slice_blocks * positions * kTileDepth;
+  const int64_t part_step = grid.residues() * residue_step;
+  const std::vector<ClassSteps> classes =
+      class_steps(problem, slice_blocks, residue_step, positions);
+  size_t most_steps = 0;
+  for (const ClassSteps& steps : classes) most_steps = std::max(most_steps, steps.offsets.size());
+  const int64_t weight_elements = static_cast<int64_t>(most_steps) * Parts * 2 * kTileElements;
+
+  std::atomic<bool> finite{true};
+  const int64_t ranges = ceil_div(to, plan.channels_per_task);
+  parallel_for(pool, ranges, plan.threads == 1, [&](int64_t begin, int64_t end) {
+    std::vector<ClassPixels> pixels(classes.size());
+    int64_t pixel_blocks = 0;
+    for (size_t i = 0; i < classes.size(); ++i) {
+      locate_class(pixels[i], problem, classes[i], 0, problem.batch, 0, grid.rows.count);
+      pixel_blocks += pixels[i].blocks();
+    }
+    const int64_t column_blocks = plan.channels_per_task / kBlock;
+    const Workspace packed_workspace((Parts * part_step + weight_elements) *
+                                     static_cast<int64_t>(sizeof(uint16_t)));
+    uint16_t* const packed = packed_workspace.as<uint16_t>();
+    uint16_t* const weights = packed + Parts * part_step;
+    const Workspace sums_workspace(pixel_blocks * column_blocks * kSums *
+                                   static_cast<int64_t>(sizeof(float)));
+    const TileScope tile_scope;
+    alignas(64) float two_sums[2][kSums];
+    for (int64_t range = begin; range < end; ++range) {
+      const int64_t k_begin = range * plan.channels_per_task;
+      const int64_t k_end = std::min(to, k_begin + plan.channels_per_task);
+      for (int64_t c = 0; c < from; c += plan.channels_per_slice) {
+        const int64_t c_end = std::min(from, c + plan.channels_per_slice);
+        const int64_t blocks = ceil_div(c_end - c, kTileDepth);
+        Vec<float> marks{};
+        const auto with_type = [&](auto&& body) {
+          with_storage<float>(problem.dtype, [&](auto element) { body(element); });
+        };
+        with_type([&](auto element) {
+          using T = decltype(element);
+          pack_chunk<T, Parts>(static_cast<const T*>(problem.source_data), problem.source, 1, c,
+                               c_end, grid, 0, problem.batch, 0, grid.rows.count, positions,
+                               packed, residue_step, part_step, marks);
+        });
+        float* sums = sums_workspace.as<float>();
+        for (size_t i = 0; i < classes.size(); ++i) {
+          const int64_t taps = static_cast<int64_t>(classes[i].rows->taps.size() *
+                                                    classes[i].columns->taps.size());
+          BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
+                            &pixels[i].table});
+          for (int64_t k = k_begin; k < k_end; k += kBlock, sums += pixels[i].blocks() * kSums) {
+            with_type([&](auto element) {
+              pack_class_weights<decltype(element), Parts>(
+                  problem, classes[i], 0, c / kTileDepth, c / kTileDepth + blocks, k / 16, weights,
+                  marks);
+            });
+            multiply_pixels<Parts>(classes[i], 0, blocks * taps, false, c == 0, c_end == from,
+                                   pixels[i], packed, part_step, weights,
+                                   column_block(problem, 0, k, k_end), store, two_sums, sums);
+          }
+        }
+        if (Parts > 1 && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+        if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
+      }
+    }
+  });
+  return finite.load(std::memory_order_relaxed);
+}
+
+// Steps of the weights of a block of columns that are used for all pixels of a chunk
+// before the next: they, those that come next, and the chunk fit into a second-level
+// cache.
+constexpr int64_t kWeightSliceBytes = 256 * 1024;
+
+// Weights are packed before; a task packs a chunk and computes some of its channels.
+template <int Parts>
+bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
+  const bool serial = plan.threads == 1;
+  const Grid& grid = problem.grid;
+  const int64_t groups = problem.groups;
+  const int64_t group_in = problem.matrix.from_channels, group_out = problem.matrix.to_channels;
+  const int64_t blocks = problem.blocks(), column_tiles = problem.column_tiles();
+  const int64_t positions =
+      round_up(grid.positions(plan.images_per_chunk, plan.rows_per_task) + kSlack, kTileRows);
+  const int64_t residue_step = groups * blocks * positions * kTileDepth;
+  const int64_t part_step = grid.residues() * residue_step;
+  std::vector<ClassSteps> classes = class_steps(problem, blocks, residue_step, positions);
+  int64_t weight_elements = 0;
+  for (ClassSteps& steps : classes) {
+    steps.weights = weight_elements;
+    weight_elements += groups * column_tiles * static_cast<int64_t>(steps.offsets.size()) *
+                       Parts * kTileElements;
+  }
+
+  const Workspace weight_workspace(weight_elements * static_cast<int64_t>(sizeof(uint16_t)));
+  uint16_t* const tiles = weight_workspace.as<uint16_t>();
+  const auto weights_at = [&](const ClassSteps& steps, int64_t group, int64_t tile) {
+    return tiles + steps.weights +
+           (group * column_tiles + tile) * static_cast<int64_t>(steps.offsets.size()) * Parts *
+               kTileElements;
+  };
   std::atomic<bool> finite{true};
   for (const ClassSteps& steps : classes) {
-    const int64_t count = static_cast<int64_t>(steps.offsets.size());
-    const int64_t taps = count / blocks;
-    parallel_for(pool, groups * column_tiles * blocks, serial, [&](int64_t begin, int64_t end) {
+    const int64_t taps = static_cast<int64_t>(steps.offsets.size()) / blocks;
+    const int64_t pairs = ceil_div(column_tiles, 2);
+    parallel_for(pool, groups * pairs * blocks, serial, [&](int64_t begin, int64_t end) {
       Vec<float> marks{};
-      with_storage<float>(dtype, [&](auto element) {
-        using T = decltype(element);
+      with_storage<float>(problem.dtype, [&](auto element) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t block = i % blocks, tile = i / blocks % column_tiles;
-          const int64_t group = i / blocks / column_tiles;
-          const T* const from = static_cast<const T*>(weight) + group * matrix.group_step +
-                                block * kTileDepth * matrix.from_step + tile * 16 * matrix.to_step;
-          // Two tiles of columns lie together, but for a last one.
-          const int64_t pair = tile / 2 * 2;
-          const int64_t width = std::min<int64_t>(2, column_tiles - pair);
-          const int64_t part = width * kTileElements;
-          uint16_t* const to = tiles + steps.weights +
-                               (group * column_tiles + pair) * count * Parts * kTileElements +
-                               block * taps * Parts * part + tile % 2 * kTileElements;
-          pack_weight_block<T, Parts>(
-              from, matrix, {steps.rows->taps, steps.columns->taps}, matrix.kernel_size,
-              std::min<int64_t>(kTileDepth, group_in - block * kTileDepth),
-              std::min<int64_t>(16, group_out - tile * 16), to, part, Parts * part, marks);
+          const int64_t block = i % blocks, tile = i / blocks % pairs * 2;
+          const int64_t group = i / blocks / pairs;
+          const int64_t width = std::min<int64_t>(2, column_tiles - tile);
+          pack_class_weights<decltype(element), Parts>(
+              problem, steps, group, block, block + 1, tile,
+              weights_at(steps, group, tile) + block * taps * Parts * width * kTileElements,
+              marks);
         }
       });
       if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
@@ -334,18 +545,15 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
   }
   if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
 
-  // Steps in a slice of the weights.
   const int64_t slice = kWeightSliceBytes / (2 * Parts * kTileElements * 2);
-  // A task packs a chunk and computes some of its channels.
   const int64_t row_chunks = ceil_div(grid.rows.count, plan.rows_per_task);
-  const int64_t chunks = ceil_div(batch, plan.images_per_chunk) * row_chunks;
+  const int64_t chunks = ceil_div(problem.batch, plan.images_per_chunk) * row_chunks;
   const int64_t channel_ranges = ceil_div(group_out, plan.channels_per_task);
   parallel_for(pool, chunks * channel_ranges, serial, [&](int64_t begin, int64_t end) {
     const Workspace workspace(Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
     uint16_t* const packed = workspace.as<uint16_t>();
     const TileScope tile_scope;
-    PixelTable table;
-    constexpr int64_t kSums = kBlock * kBlock;
+    ClassPixels pixels;
     alignas(64) float two_sums[2][kSums];
     std::vector<float> sums;  // of all blocks, where there are several slices
     for (int64_t task = begin; task < end; ++task) {
@@ -353,88 +561,43 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
       const int64_t k_begin = task % channel_ranges * plan.channels_per_task;
       const int64_t k_end = std::min(group_out, k_begin + plan.channels_per_task);
       const int64_t image = chunk / row_chunks * plan.images_per_chunk;
-      const int64_t images = std::min(plan.images_per_chunk, batch - image);
+      const int64_t images = std::min(plan.images_per_chunk, problem.batch - image);
       const int64_t j0 = chunk % row_chunks * plan.rows_per_task;
       const int64_t rows = std::min(plan.rows_per_task, grid.rows.count - j0);
       if (task == begin || task % channel_ranges == 0) {
         Vec<float> marks{};
-        with_storage<float>(dtype, [&](auto element) {
+        with_storage<float>(problem.dtype, [&](auto element) {
           using T = decltype(element);
-          pack_chunk<T, Parts>(static_cast<const T*>(source_data), source, groups, grid, image,
-                               images, j0, rows, positions, packed, part_step, marks);
+          pack_chunk<T, Parts>(static_cast<const T*>(problem.source_data), problem.source, groups,
+                               0, group_in, grid, image, images, j0, rows, positions, packed,
+                               residue_step, part_step, marks);
         });
         if (Parts > 1 && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
       }
       if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
-
-      // Without border rows all images are one sequence of rows.
-      const int64_t runs = grid.rows.extra == 0 ? 1 : images;
       for (const ClassSteps& steps : classes) {
-        const int64_t class_rows = std::min(rows, steps.rows->count - j0);
-        if (class_rows <= 0 || steps.columns->count == 0) continue;
-        const PixelAxis row_axis = {steps.rows->first + j0 * steps.rows->stride,
-                                    steps.rows->stride, destination.plane.height};
-        const PixelAxis column_axis = {steps.columns->first, steps.columns->stride,
-                                       destination.plane.width};
-        const int64_t run_rows = runs == 1 ? rows : class_rows;
-        const int64_t run_length = (images / runs) * run_rows * pitch;
-        table.at.clear();
-        table.groups.clear();
-        for (int64_t i = 0; i < images; ++i) {
-          append_pixels(table, (image + i) * destination.image_step, destination.plane, row_axis,
-                        run_rows, column_axis, pitch);
-          if (runs > 1) pad_table(table, kBlock);
-        }
-        pad_table(table, kBlock);
-        group_pixels(table, destination.plane.column_stride);
-        const int64_t run_blocks = ceil_div(run_length, kBlock);
         const int64_t count = static_cast<int64_t>(steps.offsets.size());
-        if (count > slice) sums.resize(static_cast<size_t>(runs * run_blocks * kSums));
-        BlockStore meanwhile({dtype, out, destination.plane.channel_stride, &table});
+        locate_class(pixels, problem, steps, image, images, j0, rows);
+        if (count > slice) sums.resize(static_cast<size_t>(pixels.blocks() * kSums));
+        BlockStore meanwhile({problem.dtype, problem.out,
+                              problem.destination.plane.channel_stride, &pixels.table});
         for (int64_t group = 0; group < groups; ++group) {
           for (int64_t k = k_begin; k < k_end; k += kBlock) {
-            const int64_t columns = std::min(kBlock, k_end - k);
-            const int64_t channel = group * group_out + k;
-            TileSteps product;
-            product.offsets = steps.offsets.data();
-            product.row_bytes = kTileDepth * static_cast<int64_t>(sizeof(uint16_t));
-            product.rows_tile = kTileElements;
-            product.rows_part = part_step;
-            product.columns = tiles + steps.weights +
-                              (group * column_tiles + k / 16) * count * Parts * kTileElements;
-            product.columns_part = ceil_div(columns, 16) * kTileElements;
-            product.columns_tile = kTileElements;
-            const auto bias_at = [&](int64_t c) {
-              const int64_t rest = columns - c;
-              if (bias == nullptr || rest <= 0) return Vec<float>{};
-              const float* const from = bias + channel + c;
-              return rest >= 16 ? load(from) : load_head(from, rest);
-            };
-            const Vec<float> biases[2] = {bias_at(0), bias_at(16)};
-            for (int64_t begin = 0; begin < count || begin == 0; begin += slice) {
-              const int64_t end = std::min(count, begin + slice);
-              const int64_t calls =
-                  std::max<int64_t>(1, (end - begin) * products_of_parts(Parts));
-              const int64_t step = Parts * product.columns_part;
-              const uint16_t* const slice_end = product.columns + end * step;
-              meanwhile.fetch(slice_end,
-                              std::min<const uint16_t*>(slice_end + (end - begin) * step,
+            const ColumnBlock columns = column_block(problem, group, k, k_end);
+            const int64_t step = Parts * ceil_div(columns.columns, 16) * kTileElements;
+            const uint16_t* const weights = weights_at(steps, group, k / 16);
+            for (int64_t first = 0; first < count || first == 0; first += slice) {
+              const int64_t last = std::min(count, first + slice);
+              // What comes next: the next slice, or the next columns' first.
+              meanwhile.fetch(weights + last * step,
+                              std::min<const uint16_t*>(weights + (2 * last - first) * step,
                                                         tiles + weight_elements),
-                              calls * runs * run_blocks);
-              for (int64_t i = 0; i < runs * run_blocks; ++i) {
-                const int64_t run = i / run_blocks, block = i % run_blocks;
-                const int64_t pixels = std::min(kBlock, run_length - block * kBlock);
-                product.rows = packed + (group * blocks * positions +
-                                         run * (rows + grid.rows.extra) * pitch +
-                                         block * kBlock) *
-                                            kTileDepth;
-                float* const to = count > slice ? sums.data() + i * kSums : two_sums[i % 2];
-                multiply_block<Parts>(product, begin, end, pixels, columns, begin > 0, meanwhile,
-                                      to);
-                if (end == count) {
-                  meanwhile.take(to, i * kBlock, pixels, channel, columns, biases, calls);
-                }
-              }
+                              (last - first) * products_of_parts(Parts) * pixels.blocks());
+              multiply_pixels<Parts>(steps, first, last, count <= slice, first == 0,
+                                     last == count, pixels,
+                                     packed + group * blocks * positions * kTileDepth, part_step,
+                                     weights + first * step, columns, meanwhile, two_sums,
+                                     sums.data());
             }
           }
         }
@@ -442,6 +605,12 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, DType dtype, cons
     }
   });
   return Parts == 1 || finite.load(std::memory_order_relaxed);
+}
+
+template <int Parts>
+bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
+  return plan.channels_per_slice > 0 ? few_pixels_pass<Parts>(plan, pool, problem)
+                                     : chunks_pass<Parts>(plan, pool, problem);
 }
 
 template <int Parts>
@@ -456,12 +625,15 @@ bool forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
                                problem.weight_stride_r,
                                problem.weight_stride_s,
                                problem.kernel_height * problem.kernel_width};
+  const Workspace bias_workspace(problem.out_channels * static_cast<int64_t>(sizeof(float)));
   return grid_pass<Parts>(
-      plan, pool, problem.dtype, forward_grid(problem), problem.groups, problem.batch,
-      pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width), input,
-      matrix, weight, bias,
-      pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
-      output);
+      plan, pool,
+      {problem.dtype, problem.groups, problem.batch, forward_grid(problem),
+       pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width),
+       pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
+       input, matrix, weight,
+       widened_bias<float>(problem.dtype, bias, problem.out_channels, bias_workspace.as<float>()),
+       output});
 }
 
 template <int Parts>
@@ -477,11 +649,11 @@ bool input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
                                problem.weight_stride_s,
                                problem.kernel_height * problem.kernel_width};
   return grid_pass<Parts>(
-      plan, pool, problem.dtype, gradient_grid(problem), problem.groups, problem.batch,
-      pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
-      grad_output, matrix, weight, nullptr,
-      pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width),
-      grad_input);
+      plan, pool,
+      {problem.dtype, problem.groups, problem.batch, gradient_grid(problem),
+       pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
+       pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width),
+       grad_output, matrix, weight, nullptr, grad_input});
 }
 
 #include "kernels/cpu/conv2d_amx_weight_gradient.inl"

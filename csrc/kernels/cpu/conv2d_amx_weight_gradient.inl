@@ -43,6 +43,62 @@ void pack_gradient_tiles(const T* from, const PixelTable& table, int64_t begin, 
   }
 }
 
+// Writes one block of totals, [tap][input channel][output channel], to the weights
+// from element `at` on. Weights of an output channel that lie in one piece are
+// transposed, 16 at a time.
+inline void write_weights(const Conv2dProblem& problem, void* weights, int64_t at,
+                          int64_t out_channels, int64_t in_channels, const float* totals,
+                          int64_t tap_step) {
+  const int64_t taps = problem.kernel_height * problem.kernel_width;
+  const auto tap_offset = [&](int64_t tap) {
+    return tap / problem.kernel_width * problem.weight_stride_r +
+           tap % problem.kernel_width * problem.weight_stride_s;
+  };
+  // Elements i of a piece lie side by side, the output channels of total(i) in a row.
+  const auto write_piece = [&](int64_t piece_at, int64_t count, auto&& total) {
+    for (int64_t k = 0; k < out_channels; k += 16) {
+      for (int64_t i = 0; i < count; i += 16) {
+        Vec<float> square[16];
+        for (int64_t j = 0; j < 16; ++j) {
+          square[j] = load(total(std::min(i + j, count - 1)) + k);
+        }
+        transpose<float>(square);
+        for (int64_t row = 0; row < std::min<int64_t>(16, out_channels - k); ++row) {
+          store_out<float>(problem.dtype, weights,
+                           piece_at + (k + row) * problem.weight_stride_k + i, square[row],
+                           std::min<int64_t>(16, count - i), 1);
+        }
+      }
+    }
+  };
+  if (problem.weight_stride_c == 1) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      write_piece(at + tap_offset(tap), in_channels,
+                  [&](int64_t i) { return totals + tap * tap_step + i * kBlock; });
+    }
+    return;
+  }
+  if (problem.weight_stride_c == taps && problem.weight_stride_s == 1 &&
+      problem.weight_stride_r == problem.kernel_width) {
+    write_piece(at, in_channels * taps, [&](int64_t i) {
+      return totals + i % taps * tap_step + i / taps * kBlock;
+    });
+    return;
+  }
+  for (int64_t c = 0; c < in_channels; ++c) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const float* const from = totals + tap * tap_step + c * kBlock;
+      for (int64_t k = 0; k < out_channels; k += 16) {
+        store_as<float>(problem.dtype, weights,
+                        at + k * problem.weight_stride_k + c * problem.weight_stride_c +
+                            tap_offset(tap),
+                        load(from + k), std::min<int64_t>(16, out_channels - k),
+                        problem.weight_stride_k);
+      }
+    }
+  }
+}
+
 // The packed pixels of a chunk.
 struct GradientChunk {
   std::vector<PixelTable> sources;  // by residue
@@ -240,23 +296,11 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
           store(block + j, load(block + j) + load(more + j));
         }
       }
-      with_storage<float>(problem.dtype, [&](auto element) {
-        using T = decltype(element);
-        T* const to = static_cast<T*>(grad_weight) +
-                      (group * group_out + k) * problem.weight_stride_k +
-                      c * problem.weight_stride_c;
-        for (int64_t row = 0; row < std::min(kBlock, group_out - k); ++row) {
-          for (int64_t column = 0; column < std::min(kBlock, group_in - c); ++column) {
-            T* const out = to + row * problem.weight_stride_k + column * problem.weight_stride_c;
-            const float* from = block + column * kBlock + row;
-            for (int64_t r = 0; r < problem.kernel_height; ++r) {
-              for (int64_t s = 0; s < problem.kernel_width; ++s, from += kTapStep) {
-                out[r * problem.weight_stride_r + s * problem.weight_stride_s] = narrow<T>(*from);
-              }
-            }
-          }
-        }
-      });
+      write_weights(problem, grad_weight,
+                    (group * group_out + k) * problem.weight_stride_k +
+                        c * problem.weight_stride_c,
+                    std::min(kBlock, group_out - k), std::min(kBlock, group_in - c), block,
+                    kTapStep);
     }
   });
   return true;
