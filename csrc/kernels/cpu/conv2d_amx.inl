@@ -207,6 +207,9 @@ class BlockStore {
     a_call_ = ceil_div(count_, calls);
   }
 
+  // Whether sums are still being stored.
+  bool storing(const float* sums) const { return sums == sums_ && next_ < count_; }
+
   // Fetches [begin, end) in so many calls.
   void fetch(const uint16_t* begin, const uint16_t* end, int64_t calls) {
     fetched_ = reinterpret_cast<const char*>(begin);
@@ -405,7 +408,9 @@ void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool a
     const int64_t run = i / pixels.run_blocks, block = i % pixels.run_blocks;
     const int64_t count = std::min(kBlock, pixels.run_length - block * kBlock);
     product.rows = packed + (run * pixels.run_step + block * kBlock) * kTileDepth;
-    float* const to = all_steps ? two_sums[i % 2] : sums + i * kSums;
+    float* to = sums + i * kSums;
+    if (all_steps) to = meanwhile.storing(two_sums[0]) ? two_sums[1] : two_sums[0];
+    if (meanwhile.storing(to)) meanwhile.finish();
     multiply_block<Parts>(product, 0, end - begin, count, columns.columns, !first, meanwhile, to);
     if (last) {
       meanwhile.take(to, i * kBlock, count, columns.channel, columns.columns, columns.biases,
