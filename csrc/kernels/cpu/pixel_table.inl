@@ -10,6 +10,9 @@
 
 constexpr int64_t kNowhere = -1;
 
+// Pixels are fetched so far ahead of those that are read.
+constexpr int64_t kFetchAhead = 32;
+
 // Sixteen pixels. In a run, those that are somewhere follow one another in memory.
 struct PixelGroup {
   int64_t first;  // where the first lies that is somewhere
@@ -19,7 +22,8 @@ struct PixelGroup {
 };
 
 struct PixelTable {
-  std::vector<int64_t> at;  // element offset of channel 0, or kNowhere
+  // Element offset of channel 0, or kNowhere; kFetchAhead pixels more than there are.
+  std::vector<int64_t> at;
   std::vector<PixelGroup> groups;
 };
 
@@ -69,6 +73,7 @@ inline void group_pixels(PixelTable& table, int64_t neighbour) {
     }
     table.groups.push_back(group);
   }
+  table.at.resize(table.at.size() + kFetchAhead, kNowhere);
 }
 
 // Calls body(begin, end) for ranges of groups, in which it goes over all channels:
@@ -111,6 +116,7 @@ CNNK_INLINE Vec<float> compress_lanes(Vec<float> v, uint32_t mask) {
 template <class T>
 CNNK_INLINE Vec<float> load_plane(const T* plane, const PixelTable& table, int64_t i) {
   const PixelGroup& group = table.groups[static_cast<size_t>(i)];
+  __builtin_prefetch(plane + group.first + 4 * kFetchAhead);
   if (group.run && group.count == kTileRows) return load_widened(plane + group.first);
   if (group.run) {
     if (group.count == 0) return Vec<float>{};
@@ -138,6 +144,7 @@ CNNK_INLINE void load_pixels(const T* from, const PixelTable& table, int64_t i,
   }
   const int64_t* const at = table.at.data() + i * kTileRows;
   for (int64_t p = 0; p < kTileRows; ++p) {
+    __builtin_prefetch(from + at[p + kFetchAhead]);
     rows[p] = at[p] == kNowhere       ? Vec<float>{}
               : channels == kTileRows ? load_widened(from + at[p])
                                       : load_head(from + at[p], channels);
