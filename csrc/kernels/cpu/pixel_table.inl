@@ -171,11 +171,18 @@ struct PixelsOut {
   void* data;
   int64_t channel_step;
   const PixelTable* table;
+  bool streams;  // whole vectors of float32 pixels go past the caches
 };
 
 // Writes `count` <= 16 channels from channel k on of one pixel.
 CNNK_INLINE void store_pixel(const PixelsOut& out, int64_t at, int64_t k, int64_t count,
                              Vec<float> v) {
+#if !defined(CNNK_EMULATE_AVX512)
+  if (out.streams && count == 16) {
+    float* const to = static_cast<float*>(out.data) + at + k;
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) return _mm512_stream_ps(to, (__m512)v);
+  }
+#endif
   store_out<float>(out.dtype, out.data, at + k, v, count, 1);
 }
 
