@@ -42,6 +42,7 @@ Conv2dPlan pass_plan(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa 
   const int64_t other_tasks =
       plan.images_per_chunk * problem.groups * ceil_div(group_channels, plan.channels_per_task);
   plan.rows_per_task = std::max<int64_t>(1, rows_per_task(rows, other_tasks, plan.threads));
+  plan.amx_order = AmxOrder::chunks;
   plan.channels_per_slice = 0;
   plan.in_place = false;
   plan.workspace_bytes = plan.images_per_chunk * image_bytes;
@@ -177,10 +178,17 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
       element * grid.residues() * problem.groups * round_up(from, kAmxDepth);
   const int64_t weight_bytes = element * problem.groups * round_up(from, kAmxDepth) *
                                round_up(to, 16) * problem.kernel_height * problem.kernel_width;
+  if (grid.pointwise() && weight_bytes <= kAmxFewWeightBytes / 2) {
+    plan.amx_order = AmxOrder::pointwise;
+    plan.channels_per_task = round_up(to, kAmxBlock);
+    plan.workspace_bytes = plan.threads * 2 * kAmxBlock * position_bytes + weight_bytes;
+    return plan;
+  }
   const int64_t positions = grid.positions(problem.batch, grid.rows.count);
   const int64_t range = round_up(ceil_div(to, plan.threads), kAmxBlock);
   const int64_t sums_bytes = 4 * positions * grid.destinations() * range;
   if (problem.groups == 1 && weight_bytes > kAmxFewWeightBytes && sums_bytes <= kAmxChunkBytes) {
+    plan.amx_order = AmxOrder::few_pixels;
     plan.images_per_chunk = problem.batch;
     plan.rows_per_task = grid.rows.count;
     plan.channels_per_task = range;

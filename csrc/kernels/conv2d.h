@@ -58,6 +58,13 @@ inline const char* algorithm_name(ConvAlgorithm algorithm) {
   }
 }
 
+// In which order matrix tiles go over a pass: conv2d_amx.inl.
+enum class AmxOrder : uint8_t {
+  chunks,      // of the source, each with all weights
+  few_pixels,  // all of the source with each weight once
+  pointwise,   // 32 pixels at a time, packed while the 32 before are multiplied
+};
+
 // Which algorithm runs and how it is cut up; a pure function of the problem,
 // the instruction set and the number of threads.
 struct Conv2dPlan {
@@ -68,7 +75,8 @@ struct Conv2dPlan {
   int64_t images_per_chunk;  // images packed at a time
   int64_t rows_per_task;     // output rows in one task
   int64_t channels_per_task;
-  int64_t channels_per_slice;  // amx: source channels packed at a time, or 0 for all
+  AmxOrder amx_order;
+  int64_t channels_per_slice;  // few_pixels: source channels packed at a time
   bool in_place;  // reads the input where it lies, without packing
   int64_t workspace_bytes;
 };

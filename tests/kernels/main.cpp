@@ -101,7 +101,12 @@ Conv2dPlan cut_at_random(Random& random, const Conv2dProblem& p, Conv2dPlan plan
   plan.images_per_chunk = random.between(1, std::max<int64_t>(1, p.batch));
   plan.rows_per_task = random.between(1, std::max<int64_t>(1, plan.rows_per_task));
   plan.channels_per_task = 32 * random.between(1, 2);
-  if (p.groups == 1 && random.chance(40)) plan.channels_per_slice = 32 * random.between(1, 2);
+  if (plan.amx_order == AmxOrder::pointwise && random.chance(50)) return plan;
+  plan.amx_order = AmxOrder::chunks;
+  if (p.groups == 1 && random.chance(40)) {
+    plan.amx_order = AmxOrder::few_pixels;
+    plan.channels_per_slice = 32 * random.between(1, 2);
+  }
   return plan;
 }
 
@@ -111,12 +116,10 @@ void check_conv2d(Random& random) {
   const Element element = element_of(p.dtype);
   Conv2dTensors tensors(random, p);
   Tensor grad_output = random_tensor(random, tensors.output_shape, p.dtype);
-  // More bits than a bfloat16 has: the sum of two.
-  if (p.dtype == DType::float32 && random.chance(50)) {
-    tensors.input = random_tensor(random, tensors.input.shape, p.dtype, 400);
-  }
-  if (p.dtype == DType::float32 && random.chance(50)) {
-    grad_output = random_tensor(random, tensors.output_shape, p.dtype, 400);
+  // One of them with more bits than a bfloat16 has: it is the sum of two.
+  if (p.dtype == DType::float32 && random.chance(60)) {
+    Tensor& wide = random.chance(50) ? tensors.input : grad_output;
+    wide = random_tensor(random, wide.shape, p.dtype, 100);
   }
   if (random.chance(20)) add_specials(random, tensors.input, 2);
   // Depthwise kernels leave the border out, where others multiply by its zeros: an

@@ -44,6 +44,11 @@ struct Grid {
   int64_t residues() const {
     return static_cast<int64_t>(rows.residues.size() * columns.residues.size());
   }
+  // One tap, and no border: a source position for each destination.
+  bool pointwise() const {
+    return destinations() == 1 && rows.passes.front().taps.size() == 1 &&
+           columns.passes.front().taps.size() == 1;
+  }
   int64_t destinations() const {  // classes of them
     return static_cast<int64_t>(rows.passes.size() * columns.passes.size());
   }

@@ -110,7 +110,7 @@ struct ClassSteps {
   const GridPass* rows;
   const GridPass* columns;
   std::vector<int64_t> offsets;  // of packed positions, by step
-  int64_t weights;               // where the class's tiles of weights begin
+  int64_t steps_before;          // of the classes before this one
 };
 
 // A source or a destination: its plane, and the step from image to image.
@@ -123,6 +123,25 @@ struct Pixels {
 inline Pixels pixels_of(Layout layout, int64_t channels, int64_t height, int64_t width) {
   return {plane_source(layout, channels, height, width), image_stride(channels, height, width),
           channels};
+}
+
+// Packs one tile: up to 32 channels of the table's group i.
+template <class T, int Parts>
+CNNK_INLINE void pack_tile(const T* from, const PixelTable& table, int64_t i,
+                           int64_t channel_step, int64_t channels, uint16_t* to,
+                           int64_t part_step, Vec<float>& marks) {
+  Vec<float> a[16], b[16];
+  load_pixels(from, table, i, channel_step, std::min<int64_t>(channels, 16), a);
+  if (channels > 16) {
+    load_pixels(from + 16 * channel_step, table, i, channel_step, channels - 16, b);
+  } else {
+    for (Vec<float>& zero : b) zero = Vec<float>{};
+  }
+  for (int64_t p = 0; p < kTileRows; ++p) {
+    mark(marks, a[p]);
+    mark(marks, b[p]);
+    store_parts<T, Parts>(a[p], b[p], to + p * kTileDepth, part_step);
+  }
 }
 
 // Packs channels [c_begin, c_end) of each group of the grid's chunk that starts at
@@ -158,19 +177,8 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, int64_t c
             const int64_t channels = std::min<int64_t>(kTileDepth, c_end - c);
             const T* const from = source + (group * group_channels + c) * channel_step;
             for (int64_t i = begin; i < end; ++i) {
-              Vec<float> a[16], b[16];
-              load_pixels(from, table, i, channel_step, std::min<int64_t>(channels, 16), a);
-              if (channels > 16) {
-                load_pixels(from + 16 * channel_step, table, i, channel_step, channels - 16, b);
-              } else {
-                for (Vec<float>& zero : b) zero = Vec<float>{};
-              }
-              for (int64_t p = 0; p < kTileRows; ++p) {
-                mark(marks, a[p]);
-                mark(marks, b[p]);
-                store_parts<T, Parts>(a[p], b[p], block + (i * kTileRows + p) * kTileDepth,
-                                      part_step);
-              }
+              pack_tile<T, Parts>(from, table, i, channel_step, channels,
+                                  block + i * kTileElements, part_step, marks);
             }
             block += positions * kTileDepth;
           }
@@ -290,9 +298,10 @@ inline std::vector<ClassSteps> class_steps(const GridProblem& problem, int64_t b
                                            int64_t residue_step, int64_t positions) {
   const Grid& grid = problem.grid;
   std::vector<ClassSteps> classes;
+  int64_t steps_before = 0;
   for (const GridPass& rows : grid.rows.passes) {
     for (const GridPass& columns : grid.columns.passes) {
-      ClassSteps steps = {&rows, &columns, {}, 0};
+      ClassSteps steps = {&rows, &columns, {}, steps_before};
       for (int64_t block = 0; block < blocks; ++block) {
         for (const GridTap& r : rows.taps) {
           for (const GridTap& s : columns.taps) {
@@ -304,6 +313,7 @@ inline std::vector<ClassSteps> class_steps(const GridProblem& problem, int64_t b
           }
         }
       }
+      steps_before += static_cast<int64_t>(steps.offsets.size());
       classes.push_back(std::move(steps));
     }
   }
@@ -331,6 +341,50 @@ void pack_class_weights(const GridProblem& problem, const ClassSteps& steps, int
           to + (block - begin) * taps * Parts * part + i * kTileElements, part, Parts * part,
           marks);
     }
+  }
+}
+
+// Weights of all classes, [class][group][pair of column tiles][step][part][tile].
+template <int Parts>
+int64_t packed_weight_elements(const GridProblem& problem,
+                               const std::vector<ClassSteps>& classes) {
+  int64_t count = 0;
+  for (const ClassSteps& steps : classes) count += static_cast<int64_t>(steps.offsets.size());
+  return count * problem.groups * problem.column_tiles() * Parts * kTileElements;
+}
+
+template <int Parts>
+uint16_t* class_weights(uint16_t* tiles, const GridProblem& problem, const ClassSteps& steps,
+                        int64_t group, int64_t tile) {
+  const int64_t count = static_cast<int64_t>(steps.offsets.size());
+  return tiles + (problem.groups * problem.column_tiles() * steps.steps_before +
+                  (group * problem.column_tiles() + tile) * count) *
+                     Parts * kTileElements;
+}
+
+template <int Parts>
+void pack_all_weights(const ThreadPool& pool, bool serial, const GridProblem& problem,
+                      const std::vector<ClassSteps>& classes, uint16_t* tiles,
+                      std::atomic<bool>& finite) {
+  const int64_t blocks = problem.blocks(), pairs = ceil_div(problem.column_tiles(), 2);
+  for (const ClassSteps& steps : classes) {
+    const int64_t taps = static_cast<int64_t>(steps.offsets.size()) / blocks;
+    parallel_for(pool, problem.groups * pairs * blocks, serial, [&](int64_t begin, int64_t end) {
+      Vec<float> marks{};
+      with_storage<float>(problem.dtype, [&](auto element) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t block = i % blocks, tile = i / blocks % pairs * 2;
+          const int64_t group = i / blocks / pairs;
+          const int64_t width = std::min<int64_t>(2, problem.column_tiles() - tile);
+          pack_class_weights<decltype(element), Parts>(
+              problem, steps, group, block, block + 1, tile,
+              class_weights<Parts>(tiles, problem, steps, group, tile) +
+                  block * taps * Parts * width * kTileElements,
+              marks);
+        }
+      });
+      if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+    });
   }
 }
 
@@ -396,12 +450,14 @@ constexpr int64_t kSums = kBlock * kBlock;
 
 // Multiplies steps [begin, end) of a block of columns with blocks [block_begin,
 // block_end) of pixels, from packed weights of these steps. Sums of all blocks are in
-// `sums`, or, where these are all steps, go straight to their destination.
-template <int Parts>
+// `sums`, or, where these are all steps, go straight to their destination. What
+// vectors do `meanwhile` includes `store`.
+template <int Parts, class Meanwhile>
 void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool all_steps,
                      bool first, bool last, const ClassPixels& pixels, int64_t block_begin,
                      int64_t block_end, const uint16_t* packed, int64_t part_step, const uint16_t* weights, const ColumnBlock& columns,
-                     BlockStore& meanwhile, float (&two_sums)[2][kSums], float* sums) {
+                     BlockStore& store, Meanwhile& meanwhile, float (&two_sums)[2][kSums],
+                     float* sums) {
   TileSteps product;
   product.offsets = steps.offsets.data() + begin;
   product.row_bytes = kTileDepth * static_cast<int64_t>(sizeof(uint16_t));
@@ -416,11 +472,11 @@ void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool a
     const int64_t count = std::min(kBlock, pixels.run_length - block * kBlock);
     product.rows = packed + (run * pixels.run_step + block * kBlock) * kTileDepth;
     float* to = all_steps ? two_sums[0] : sums + i * kSums;
-    if (all_steps && meanwhile.storing(to)) to = two_sums[1];
-    if (meanwhile.storing(to)) meanwhile.finish();
+    if (all_steps && store.storing(to)) to = two_sums[1];
+    if (store.storing(to)) store.finish();
     multiply_block<Parts>(product, 0, end - begin, count, columns.columns, !first, meanwhile, to);
     if (last) {
-      meanwhile.take(to, i * kBlock, count, columns.channel, columns.columns, columns.biases,
+      store.take(to, i * kBlock, count, columns.channel, columns.columns, columns.biases,
                      calls);
     }
   }
@@ -492,7 +548,7 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
             });
             multiply_pixels<Parts>(classes[i], 0, blocks * taps, false, c == 0, c_end == from,
                                    pixels[i], 0, pixels[i].blocks(), packed, part_step, weights,
-                                   column_block(problem, 0, k, k_end), store, two_sums, sums);
+                                   column_block(problem, 0, k, k_end), store, store, two_sums, sums);
           }
         }
         if (Parts > 1 && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
@@ -515,46 +571,18 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
   const Grid& grid = problem.grid;
   const int64_t groups = problem.groups;
   const int64_t group_in = problem.matrix.from_channels, group_out = problem.matrix.to_channels;
-  const int64_t blocks = problem.blocks(), column_tiles = problem.column_tiles();
+  const int64_t blocks = problem.blocks();
   const int64_t positions =
       round_up(grid.positions(plan.images_per_chunk, plan.rows_per_task) + kSlack, kTileRows);
   const int64_t residue_step = groups * blocks * positions * kTileDepth;
   const int64_t part_step = grid.residues() * residue_step;
-  std::vector<ClassSteps> classes = class_steps(problem, blocks, residue_step, positions);
-  int64_t weight_elements = 0;
-  for (ClassSteps& steps : classes) {
-    steps.weights = weight_elements;
-    weight_elements += groups * column_tiles * static_cast<int64_t>(steps.offsets.size()) *
-                       Parts * kTileElements;
-  }
-
+  const std::vector<ClassSteps> classes =
+      class_steps(problem, blocks, residue_step, positions);
+  const int64_t weight_elements = packed_weight_elements<Parts>(problem, classes);
   const Workspace weight_workspace(weight_elements * static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
-  const auto weights_at = [&](const ClassSteps& steps, int64_t group, int64_t tile) {
-    return tiles + steps.weights +
-           (group * column_tiles + tile) * static_cast<int64_t>(steps.offsets.size()) * Parts *
-               kTileElements;
-  };
   std::atomic<bool> finite{true};
-  for (const ClassSteps& steps : classes) {
-    const int64_t taps = static_cast<int64_t>(steps.offsets.size()) / blocks;
-    const int64_t pairs = ceil_div(column_tiles, 2);
-    parallel_for(pool, groups * pairs * blocks, serial, [&](int64_t begin, int64_t end) {
-      Vec<float> marks{};
-      with_storage<float>(problem.dtype, [&](auto element) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t block = i % blocks, tile = i / blocks % pairs * 2;
-          const int64_t group = i / blocks / pairs;
-          const int64_t width = std::min<int64_t>(2, column_tiles - tile);
-          pack_class_weights<decltype(element), Parts>(
-              problem, steps, group, block, block + 1, tile,
-              weights_at(steps, group, tile) + block * taps * Parts * width * kTileElements,
-              marks);
-        }
-      });
-      if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
-    });
-  }
+  pack_all_weights<Parts>(pool, serial, problem, classes, tiles, finite);
   if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
 
   const int64_t slice = kWeightSliceBytes / (2 * Parts * kTileElements * 2);
@@ -604,9 +632,9 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
             for (int64_t i = 0; i < pixels.blocks(); ++i) {
               for (int64_t k = k_begin; k < k_end; k += kBlock) {
                 multiply_pixels<Parts>(steps, 0, count, true, true, true, pixels, i, i + 1,
-                                       group_packed, part_step, weights_at(steps, group, k / 16),
+                                       group_packed, part_step, class_weights<Parts>(tiles, problem, steps, group, k / 16),
                                        column_block(problem, group, k, k_end), meanwhile,
-                                       two_sums, nullptr);
+                                       meanwhile, two_sums, nullptr);
               }
             }
             continue;
@@ -614,7 +642,7 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
           for (int64_t k = k_begin; k < k_end; k += kBlock) {
             const ColumnBlock columns = column_block(problem, group, k, k_end);
             const int64_t step = Parts * ceil_div(columns.columns, 16) * kTileElements;
-            const uint16_t* const weights = weights_at(steps, group, k / 16);
+            const uint16_t* const weights = class_weights<Parts>(tiles, problem, steps, group, k / 16);
             for (int64_t first = 0; first < count || first == 0; first += slice) {
               const int64_t last = std::min(count, first + slice);
               // What comes next: the next slice, or the next columns' first.
@@ -625,7 +653,7 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
               multiply_pixels<Parts>(steps, first, last, count <= slice, first == 0,
                                      last == count, pixels, 0, pixels.blocks(), group_packed,
                                      part_step, weights + first * step, columns, meanwhile,
-                                     two_sums, sums.data());
+                                     meanwhile, two_sums, sums.data());
             }
           }
         }
@@ -635,10 +663,152 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
   return Parts == 1 || finite.load(std::memory_order_relaxed);
 }
 
+// Packs tiles of the next 32 pixels, a few a call, beside what BlockStore does.
+template <class T, int Parts>
+class PackAndStore {
+ public:
+  PackAndStore(const GridProblem& problem, const PixelTable& source, int64_t part_step,
+               BlockStore& store)
+      : problem_(problem),
+        source_(source),
+        part_step_(part_step),
+        blocks_(problem.blocks()),
+        tiles_(2 * problem.groups * problem.blocks()),
+        store_(store) {}
+
+  // Packs block `block` of the table into `packed` in so many calls, and finish().
+  void pack(int64_t block, uint16_t* packed, int64_t calls) {
+    block_ = block;
+    packed_ = packed;
+    next_ = 0;
+    calls_ = calls;
+    balance_ = 0;
+  }
+
+  CNNK_INLINE void next() {
+    store_.next();
+    for (balance_ += tiles_; balance_ >= calls_ && next_ < tiles_; balance_ -= calls_) pack_next();
+  }
+
+  void finish() {
+    while (next_ < tiles_) pack_next();
+  }
+
+  Vec<float> marks() const { return marks_; }
+
+ private:
+  __attribute__((noinline)) void pack_next() {
+    const int64_t half = next_ % 2, block = next_ / 2 % blocks_, group = next_ / 2 / blocks_;
+    const int64_t from = problem_.matrix.from_channels, c = block * kTileDepth;
+    const int64_t step = problem_.source.plane.channel_stride;
+    pack_tile<T, Parts>(static_cast<const T*>(problem_.source_data) + (group * from + c) * step,
+                        source_, block_ * 2 + half, step, std::min<int64_t>(kTileDepth, from - c),
+                        packed_ + next_ * kTileElements, part_step_, marks_);
+    ++next_;
+  }
+
+  const GridProblem& problem_;
+  const PixelTable& source_;
+  int64_t part_step_, blocks_, tiles_;
+  BlockStore& store_;
+  int64_t block_ = 0, next_ = 0, calls_ = 1, balance_ = 0;
+  uint16_t* packed_ = nullptr;
+  Vec<float> marks_{};
+};
+
+// One tap, and weights that stay in the cache: all work of the vectors, on the 32
+// pixels before and the 32 behind, goes on beside the products of 32 pixels, whose
+// parts are in the first-level cache.
+template <class T, int Parts>
+bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
+  const Grid& grid = problem.grid;
+  const int64_t group_out = problem.matrix.to_channels;
+  const int64_t blocks = problem.blocks();
+  const std::vector<ClassSteps> classes = class_steps(problem, blocks, 0, kBlock);
+  const ClassSteps& steps = classes.front();
+  const Workspace weight_workspace(packed_weight_elements<Parts>(problem, classes) *
+                                   static_cast<int64_t>(sizeof(uint16_t)));
+  uint16_t* const tiles = weight_workspace.as<uint16_t>();
+  std::atomic<bool> finite{true};
+  pack_all_weights<Parts>(pool, plan.threads == 1, problem, classes, tiles, finite);
+  if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
+
+  constexpr int64_t kTablePixels = 16 * kBlock;
+  const int64_t rows = grid.rows.count, columns = grid.columns.count;
+  const int64_t pixels = problem.batch * rows * columns;
+  const PixelAxis source_rows = {grid.rows.low * grid.rows.step + grid.rows.residues.front(),
+                                 grid.rows.step, problem.source.plane.height};
+  const PixelAxis source_columns = {
+      grid.columns.low * grid.columns.step + grid.columns.residues.front(), grid.columns.step,
+      problem.source.plane.width};
+  const int64_t part_step = problem.groups * blocks * kBlock * kTileDepth;
+  parallel_for(pool, ceil_div(pixels, kTablePixels), plan.threads == 1, [&](int64_t begin,
+                                                                            int64_t end) {
+    const Workspace workspace(2 * Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
+    const TileScope tile_scope;
+    ClassPixels destination = {{}, 1, kTablePixels, kTablePixels / kBlock, 0};
+    PixelTable source;
+    alignas(64) float two_sums[2][kSums];
+    const int64_t calls = problem.groups * ceil_div(group_out, kBlock) * blocks *
+                          products_of_parts(Parts);
+    for (int64_t table = begin; table < end; ++table) {
+      const int64_t first = table * kTablePixels;
+      const int64_t last = std::min(pixels, first + kTablePixels);
+      for (PixelTable* const empty : {&source, &destination.table}) {
+        empty->at.clear();
+        empty->groups.clear();
+      }
+      append_range(source, first, last, problem.source.image_step, problem.source.plane,
+                   source_rows, rows, source_columns, columns);
+      append_range(destination.table, first, last, problem.destination.image_step,
+                   problem.destination.plane, {0, 1, problem.destination.plane.height}, rows,
+                   {0, 1, problem.destination.plane.width}, columns);
+      pad_table(source, kBlock);
+      pad_table(destination.table, kBlock);
+      group_pixels(source, problem.source.plane.column_stride);
+      group_pixels(destination.table, problem.destination.plane.column_stride);
+      destination.run_length = last - first;
+      destination.run_blocks = ceil_div(last - first, kBlock);
+
+      BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
+                        &destination.table, problem.streams()});
+      PackAndStore<T, Parts> meanwhile(problem, source, part_step, store);
+      const auto packed = [&](int64_t i) {
+        return workspace.as<uint16_t>() + i % 2 * Parts * part_step;
+      };
+      meanwhile.pack(0, packed(0), 1);
+      meanwhile.finish();
+      for (int64_t i = 0; i < destination.run_blocks; ++i) {
+        if (i + 1 < destination.run_blocks) meanwhile.pack(i + 1, packed(i + 1), calls);
+        for (int64_t group = 0; group < problem.groups; ++group) {
+          for (int64_t k = 0; k < group_out; k += kBlock) {
+            multiply_pixels<Parts>(
+                steps, 0, blocks, true, true, true, destination, i, i + 1,
+                packed(i) + (group * blocks - i) * kBlock * kTileDepth, part_step,
+                class_weights<Parts>(tiles, problem, steps, group, k / 16),
+                column_block(problem, group, k, group_out), store, meanwhile, two_sums, nullptr);
+          }
+        }
+        meanwhile.finish();
+      }
+      if (Parts > 1 && !all_finite(meanwhile.marks())) {
+        finite.store(false, std::memory_order_relaxed);
+      }
+      if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
+    }
+  });
+  return Parts == 1 || finite.load(std::memory_order_relaxed);
+}
+
 template <int Parts>
 bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
-  return plan.channels_per_slice > 0 ? few_pixels_pass<Parts>(plan, pool, problem)
-                                     : chunks_pass<Parts>(plan, pool, problem);
+  if (plan.amx_order == AmxOrder::few_pixels) return few_pixels_pass<Parts>(plan, pool, problem);
+  if (plan.amx_order == AmxOrder::chunks) return chunks_pass<Parts>(plan, pool, problem);
+  bool finite = true;
+  with_storage<float>(problem.dtype, [&](auto element) {
+    finite = pointwise_pass<decltype(element), Parts>(plan, pool, problem);
+  });
+  return finite;
 }
 
 template <int Parts>

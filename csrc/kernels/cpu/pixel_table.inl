@@ -57,6 +57,26 @@ inline void append_pixels(PixelTable& table, int64_t image_at, const PlaneSource
   }
 }
 
+// Appends pixels [begin, end) of the sequence of `rows` rows of `columns` pixels of each
+// image, one after the other.
+inline void append_range(PixelTable& table, int64_t begin, int64_t end, int64_t image_step,
+                         const PlaneSource& plane, const PixelAxis& row_axis, int64_t rows,
+                         const PixelAxis& column_axis, int64_t columns) {
+  int64_t row = begin / columns, j = begin % columns;
+  for (int64_t p = begin; p < end; ++row, j = 0) {
+    const int64_t i = row % rows;
+    const bool inside = row_axis.inside(i);
+    const int64_t row_at = row / rows * image_step +
+                           (row_axis.first + i * row_axis.step) * plane.row_stride +
+                           column_axis.first * plane.column_stride;
+    for (; j < columns && p < end; ++j, ++p) {
+      table.at.push_back(inside && column_axis.inside(j)
+                             ? row_at + j * column_axis.step * plane.column_stride
+                             : kNowhere);
+    }
+  }
+}
+
 // To be called once the pixels are there. `neighbour` is the step from a pixel to
 // the next in memory.
 inline void group_pixels(PixelTable& table, int64_t neighbour) {
