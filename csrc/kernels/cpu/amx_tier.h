@@ -27,12 +27,12 @@
 #elif defined(__clang__)
 #pragma clang attribute push(                                                                    \
     __attribute__((                                                                              \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,amx-tile,amx-bf16"))),          \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"))),          \
     apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,amx-tile,amx-bf16,prefer-vector-width=512")
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
 #define CNNK_TIER_ID 2
 #define CNNK_VECTOR_BYTES 64

@@ -130,6 +130,17 @@ template <class T, int Parts>
 CNNK_INLINE void pack_tile(const T* from, const PixelTable& table, int64_t i,
                            int64_t channel_step, int64_t channels, uint16_t* to,
                            int64_t part_step, Vec<float>& marks) {
+  if (std::is_same_v<T, bfloat16> && channel_step == 1 && channels == kTileDepth) {
+    const int64_t* const at = table.at.data() + i * kTileRows;
+    for (int64_t p = 0; p < kTileRows; ++p) {
+      __builtin_prefetch(from + at[p + kFetchAhead]);
+      const Vec<int32_t> pixel = at[p] == kNowhere
+                                     ? Vec<int32_t>{}
+                                     : load(reinterpret_cast<const int32_t*>(from + at[p]));
+      store(reinterpret_cast<int32_t*>(to + p * kTileDepth), pixel);
+    }
+    return;
+  }
   Vec<float> a[16], b[16];
   load_pixels(from, table, i, channel_step, std::min<int64_t>(channels, 16), a);
   if (channels > 16) {
@@ -252,10 +263,7 @@ class BlockStore {
       const int64_t at = out_.table->at[static_cast<size_t>(first_ + next_)];
       if (at == kNowhere) continue;
       const float* const from = sums_ + next_ * kBlock;
-      store_pixel(out_, at, k_, std::min<int64_t>(16, channels_), load(from) + bias_[0]);
-      if (channels_ > 16) {
-        store_pixel(out_, at, k_ + 16, channels_ - 16, load(from + 16) + bias_[1]);
-      }
+      store_pixel(out_, at + k_, channels_, load(from) + bias_[0], load(from + 16) + bias_[1]);
     }
   }
 
@@ -451,17 +459,19 @@ constexpr int64_t kSums = kBlock * kBlock;
 // Multiplies steps [begin, end) of a block of columns with blocks [block_begin,
 // block_end) of pixels, from packed weights of these steps. Sums of all blocks are in
 // `sums`, or, where these are all steps, go straight to their destination. What
-// vectors do `meanwhile` includes `store`.
+// vectors do `meanwhile` includes `store`. With a pixel_step, `packed` is the first
+// pixel of the one block where it lies.
 template <int Parts, class Meanwhile>
 void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool all_steps,
                      bool first, bool last, const ClassPixels& pixels, int64_t block_begin,
                      int64_t block_end, const uint16_t* packed, int64_t part_step, const uint16_t* weights, const ColumnBlock& columns,
                      BlockStore& store, Meanwhile& meanwhile, float (&two_sums)[2][kSums],
-                     float* sums) {
+                     float* sums, int64_t pixel_step = 0) {
   TileSteps product;
   product.offsets = steps.offsets.data() + begin;
-  product.row_bytes = kTileDepth * static_cast<int64_t>(sizeof(uint16_t));
-  product.rows_tile = kTileElements;
+  const int64_t row_step = pixel_step == 0 ? kTileDepth : pixel_step;
+  product.row_bytes = row_step * static_cast<int64_t>(sizeof(uint16_t));
+  product.rows_tile = kTileRows * row_step;
   product.rows_part = part_step;
   product.columns = weights;
   product.columns_part = ceil_div(columns.columns, 16) * kTileElements;
@@ -470,7 +480,10 @@ void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool a
   for (int64_t i = block_begin; i < block_end; ++i) {
     const int64_t run = i / pixels.run_blocks, block = i % pixels.run_blocks;
     const int64_t count = std::min(kBlock, pixels.run_length - block * kBlock);
-    product.rows = packed + (run * pixels.run_step + block * kBlock) * kTileDepth;
+    product.rows = packed;
+    if (pixel_step == 0) {
+      product.rows += (run * pixels.run_step + block * kBlock) * kTileDepth;
+    }
     float* to = all_steps ? two_sums[0] : sums + i * kSums;
     if (all_steps && store.storing(to)) to = two_sums[1];
     if (store.storing(to)) store.finish();
@@ -716,9 +729,21 @@ class PackAndStore {
   Vec<float> marks_{};
 };
 
+// Whether the pixels of a pointwise pass are tiles where they lie.
+template <class T>
+bool reads_in_place(const GridProblem& problem) {
+  const GridAxis& rows = problem.grid.rows;
+  const GridAxis& columns = problem.grid.columns;
+  return std::is_same_v<T, bfloat16> && problem.source.plane.channel_stride == 1 &&
+         problem.matrix.from_channels % kTileDepth == 0 && rows.step == 1 && columns.step == 1 &&
+         rows.low == 0 && columns.low == 0 && rows.count == problem.source.plane.height &&
+         columns.count == problem.source.plane.width;
+}
+
 // One tap, and weights that stay in the cache: all work of the vectors, on the 32
 // pixels before and the 32 behind, goes on beside the products of 32 pixels, whose
-// parts are in the first-level cache.
+// parts are in the first-level cache. Pixels of bfloat16 in channels_last are read
+// where they lie.
 template <class T, int Parts>
 bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
   const Grid& grid = problem.grid;
@@ -726,6 +751,11 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
   const int64_t blocks = problem.blocks();
   const std::vector<ClassSteps> classes = class_steps(problem, blocks, 0, kBlock);
   const ClassSteps& steps = classes.front();
+  const bool in_place = reads_in_place<T>(problem);
+  ClassSteps steps_in_place = steps;
+  for (int64_t block = 0; block < blocks; ++block) {
+    steps_in_place.offsets[static_cast<size_t>(block)] = block * kTileDepth;
+  }
   const Workspace weight_workspace(packed_weight_elements<Parts>(problem, classes) *
                                    static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
@@ -733,27 +763,29 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
   pack_all_weights<Parts>(pool, plan.threads == 1, problem, classes, tiles, finite);
   if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
 
-  constexpr int64_t kTablePixels = 16 * kBlock;
   const int64_t rows = grid.rows.count, columns = grid.columns.count;
   const int64_t pixels = problem.batch * rows * columns;
+  constexpr int64_t kMostTableBlocks = 64;
+  const int64_t table_pixels =
+      kBlock * std::clamp<int64_t>(pixels / kBlock / (4 * plan.threads), 1, kMostTableBlocks);
   const PixelAxis source_rows = {grid.rows.low * grid.rows.step + grid.rows.residues.front(),
                                  grid.rows.step, problem.source.plane.height};
   const PixelAxis source_columns = {
       grid.columns.low * grid.columns.step + grid.columns.residues.front(), grid.columns.step,
       problem.source.plane.width};
   const int64_t part_step = problem.groups * blocks * kBlock * kTileDepth;
-  parallel_for(pool, ceil_div(pixels, kTablePixels), plan.threads == 1, [&](int64_t begin,
+  parallel_for(pool, ceil_div(pixels, table_pixels), plan.threads == 1, [&](int64_t begin,
                                                                             int64_t end) {
     const Workspace workspace(2 * Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
     const TileScope tile_scope;
-    ClassPixels destination = {{}, 1, kTablePixels, kTablePixels / kBlock, 0};
+    ClassPixels destination = {{}, 1, table_pixels, table_pixels / kBlock, 0};
     PixelTable source;
     alignas(64) float two_sums[2][kSums];
     const int64_t calls = problem.groups * ceil_div(group_out, kBlock) * blocks *
                           products_of_parts(Parts);
     for (int64_t table = begin; table < end; ++table) {
-      const int64_t first = table * kTablePixels;
-      const int64_t last = std::min(pixels, first + kTablePixels);
+      const int64_t first = table * table_pixels;
+      const int64_t last = std::min(pixels, first + table_pixels);
       for (PixelTable* const empty : {&source, &destination.table}) {
         empty->at.clear();
         empty->groups.clear();
@@ -776,9 +808,26 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
       const auto packed = [&](int64_t i) {
         return workspace.as<uint16_t>() + i % 2 * Parts * part_step;
       };
-      meanwhile.pack(0, packed(0), 1);
-      meanwhile.finish();
-      for (int64_t i = 0; i < destination.run_blocks; ++i) {
+      // A tile of 16 pixels must not read past the last.
+      const int64_t blocks_in_place = in_place ? (last - first) / kBlock : 0;
+      for (int64_t i = 0; i < blocks_in_place; ++i) {
+        const uint16_t* const rows_at = static_cast<const uint16_t*>(problem.source_data) +
+                                        (first + i * kBlock) * problem.source.channels;
+        for (int64_t group = 0; group < problem.groups; ++group) {
+          for (int64_t k = 0; k < group_out; k += kBlock) {
+            multiply_pixels<Parts>(steps_in_place, 0, blocks, true, true, true, destination, i,
+                                   i + 1, rows_at + group * problem.matrix.from_channels, 0,
+                                   class_weights<Parts>(tiles, problem, steps, group, k / 16),
+                                   column_block(problem, group, k, group_out), store, store,
+                                   two_sums, nullptr, problem.source.channels);
+          }
+        }
+      }
+      if (blocks_in_place < destination.run_blocks) {
+        meanwhile.pack(blocks_in_place, packed(blocks_in_place), 1);
+        meanwhile.finish();
+      }
+      for (int64_t i = blocks_in_place; i < destination.run_blocks; ++i) {
         if (i + 1 < destination.run_blocks) meanwhile.pack(i + 1, packed(i + 1), calls);
         for (int64_t group = 0; group < problem.groups; ++group) {
           for (int64_t k = 0; k < group_out; k += kBlock) {

@@ -194,16 +194,37 @@ struct PixelsOut {
   bool streams;  // whole vectors of float32 pixels go past the caches
 };
 
-// Writes `count` <= 16 channels from channel k on of one pixel.
-CNNK_INLINE void store_pixel(const PixelsOut& out, int64_t at, int64_t k, int64_t count,
-                             Vec<float> v) {
+// Writes `count` <= 32 channels of one pixel to element `at`.
+CNNK_INLINE void store_pixel(const PixelsOut& out, int64_t at, int64_t count, Vec<float> low,
+                             Vec<float> high) {
+  const int64_t first = std::min<int64_t>(16, count);
+  if (out.dtype == DType::float32) {
+    float* const to = static_cast<float*>(out.data) + at;
 #if !defined(CNNK_EMULATE_AVX512)
-  if (out.streams && count == 16) {
-    float* const to = static_cast<float*>(out.data) + at + k;
-    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) return _mm512_stream_ps(to, (__m512)v);
+    if (out.streams && count == 32 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+      _mm512_stream_ps(to, (__m512)low);
+      _mm512_stream_ps(to + 16, (__m512)high);
+      return;
+    }
+#endif
+    first == 16 ? store(to, low) : store_head(to, low, first);
+    if (count == 32) return store(to + 16, high);
+    if (count > 16) store_head(to + 16, high, count - 16);
+    return;
+  }
+#if !defined(CNNK_EMULATE_AVX512)
+  if (out.dtype == DType::bfloat16 && count == 32) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    __builtin_memcpy(static_cast<bfloat16*>(out.data) + at, &both, sizeof both);
+    return;
   }
 #endif
-  store_out<float>(out.dtype, out.data, at + k, v, count, 1);
+  with_storage<float>(out.dtype, [&](auto element) {
+    auto* const to = static_cast<decltype(element)*>(out.data) + at;
+    first == 16 ? store_narrowed(to, low) : store_first(to, low, first);
+    if (count == 32) return store_narrowed(to + 16, high);
+    if (count > 16) store_first(to + 16, high, count - 16);
+  });
 }
 
 // Writes `channels` planes from channel k on of group i's pixels, rows[pixel].
