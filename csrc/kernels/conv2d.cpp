@@ -106,10 +106,10 @@ double amx_cost(const Pass& pass, const Conv2dProblem& problem, int64_t from, in
   const double channels = static_cast<double>(round_up(pass.channels, 16));
   const double depth = static_cast<double>(round_up(from, kAmxDepth));
   const double products = pixels / 32 * channels / 32 * depth / 32 * static_cast<double>(taps);
-  const double packing = pixels * depth * 0.6;
+  const double packing = pixels * depth;
   const double storing = pixels * channels * (problem.layout == Layout::nchw ? 0.5 : 0.35);
   const double weights = channels * depth * static_cast<double>(taps) * 1.5;
-  const double call = 3000;
+  const double call = 40000;
   return products * amx_block_cycles(problem) + packing + storing +
          (weights + call) / static_cast<double>(std::max<int64_t>(1, problem.batch));
 }
