@@ -16,10 +16,11 @@
 
 #include "kernels/cpu/outer_product_pass.inl"
 
-// Pixels of one sum of the weight gradient, before it goes to the totals, and of
-// a chain in it: shorter than elsewhere, since there is one chain a sum, where
-// dot products have one in every lane.
-constexpr int64_t kPixelsPerSum = 1024;
+// Pixels of one sum of the weight gradient, before it goes to the totals: their
+// gradients stay in the first-level cache for all pairs. And of a chain in it: shorter
+// than elsewhere, since there is one chain a sum, where dot products have one in every
+// lane.
+constexpr int64_t kPixelsPerSum = 256;
 constexpr int64_t kPixelsPerChain = 32;
 
 // Where the results of the tiles go.
@@ -282,18 +283,18 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
   }
 }
 
-// One image's output gradients of one group as panels [vector][pixel][lane],
-// zero past the last channel.
+// One image's output gradients of one group as panels [vector][pixel][lane], a vector's
+// `panel` elements apart, zero past the last channel.
 template <class A>
 void pack_gradient_panels(DType dtype, const void* grad_output, int64_t at,
-                          const PlaneSource& source, int64_t channels, A* panels) {
+                          const PlaneSource& source, int64_t channels, int64_t panel, A* panels) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t pixels = source.height * source.width;
   with_storage<A>(dtype, [&](auto element) {
     const auto* const from = static_cast<const decltype(element)*>(grad_output) + at;
     for (int64_t k = 0; k < channels; k += lanes) {
       const int64_t count = std::min(lanes, channels - k);
-      A* const to = panels + k * pixels;
+      A* const to = panels + k / lanes * panel;
       if (source.channel_stride == 1) {
         for (int64_t i = 0; i < pixels; ++i) {
           const auto* const pixel = from + i * source.column_stride + k;
@@ -322,16 +323,17 @@ void pack_gradient_panels(DType dtype, const void* grad_output, int64_t at,
   });
 }
 
-// totals[pair][channel] += the outer products of pairs [first, first + P) and KV
-// vectors, over the steps.
+// totals[pair][channel] += the outer products of pairs [first, first + P), up to
+// `last`, and KV vectors, over the steps.
 template <class A, int KV>
 __attribute__((noinline)) void outer_product_pairs(const A* source,
                                                    const std::vector<int64_t>& pairs, int64_t first,
-                                                   const OuterProductSteps<A>& steps, int64_t v,
-                                                   double* totals, int64_t totals_row) {
+                                                   int64_t last, const OuterProductSteps<A>& steps,
+                                                   int64_t v, double* totals,
+                                                   int64_t totals_row) {
   constexpr int P = kTilePixels<KV>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t count = std::min<int64_t>(P, static_cast<int64_t>(pairs.size()) - first);
+  const int64_t count = std::min<int64_t>(P, last - first);
   const A* from[P];
   for (int p = 0; p < P; ++p) {
     from[p] = source + pairs[static_cast<size_t>(first + std::min<int64_t>(p, count - 1))];
@@ -367,27 +369,25 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   // The pairs take the place of pixels, whole rows of pixels that of steps.
   const ForwardSteps list = forward_steps(problem, images, weight_strides(problem));
   const int64_t pairs = static_cast<int64_t>(list.source.size());
+  // A sum goes over rows of an image, or over whole images where they are small.
   const int64_t rows_per_sum =
       std::clamp<int64_t>(kPixelsPerSum / problem.out_width, 1, problem.out_height);
+  const int64_t images_per_sum = std::max<int64_t>(1, kPixelsPerSum / pixels);
   std::vector<int64_t> pixel_offsets;
-  for (int64_t y = 0; y < rows_per_sum; ++y) {
-    for (int64_t x = 0; x < problem.out_width; ++x) {
-      pixel_offsets.push_back(y * problem.stride_h * images.row +
-                              x * problem.stride_w * images.column);
+  for (int64_t image = 0; image < std::min(images_per_sum, plan.images_per_chunk); ++image) {
+    for (int64_t y = 0; y < rows_per_sum; ++y) {
+      for (int64_t x = 0; x < problem.out_width; ++x) {
+        pixel_offsets.push_back(image * images.image + y * problem.stride_h * images.row +
+                                x * problem.stride_w * images.column);
+      }
     }
   }
-  struct Task {
-    int64_t group, vector, vectors, pair;
-  };
-  std::vector<Task> tasks;
-  for (int64_t group = 0; group < problem.groups; ++group) {
-    for_each_vector_tile(padded_out / lanes, [&](int64_t v, auto vectors) {
-      constexpr int KV = decltype(vectors)::value;
-      for (int64_t pair = 0; pair < pairs; pair += kTilePixels<KV>) {
-        tasks.push_back({group, v, KV, pair});
-      }
-    });
-  }
+  // A task has some pairs of a group, in whole tiles of the commonest width.
+  constexpr int64_t kPairTile = kTilePixels<2>;
+  const int64_t pairs_per_task = std::clamp<int64_t>(
+      round_up(ceil_div(pairs * problem.groups, 4 * plan.threads), kPairTile), kPairTile,
+      round_up(pairs, kPairTile));
+  const int64_t pair_ranges = ceil_div(pairs, pairs_per_task);
 
   const int64_t packed_count = plan.in_place ? 0 : plan.images_per_chunk * images.image;
   const int64_t gradient_count = gradient_in_place ? 0 : plan.images_per_chunk * gradient_image;
@@ -398,7 +398,7 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const Workspace totals_workspace(problem.groups * totals_group *
                                    static_cast<int64_t>(sizeof(double)));
   double* const totals = totals_workspace.as<double>();
-  std::fill_n(totals, problem.groups * totals_group, 0.0);
+  if (problem.batch == 0) std::fill_n(totals, problem.groups * totals_group, 0.0);
 
   const int64_t input_image =
       image_stride(problem.in_channels, problem.in_height, problem.in_width);
@@ -417,7 +417,9 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
             pack_gradient_panels<A>(
                 problem.dtype, grad_output,
                 (n0 + i) * output_image + group * group_out * gradients.channel_stride, gradients,
-                group_out, gradient_data + i * gradient_image + group * padded_out * pixels);
+                group_out, plan.images_per_chunk * pixels * lanes,
+                gradient_data + group * padded_out * plan.images_per_chunk * pixels +
+                    i * pixels * lanes);
           }
         }
       });
@@ -426,58 +428,68 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         plan.in_place ? static_cast<const A*>(input) + n0 * input_image : packed_data;
     const A* const gradient =
         gradient_in_place ? static_cast<const A*>(grad_output) + n0 * output_image : gradient_data;
-    parallel_for(pool, static_cast<int64_t>(tasks.size()), serial, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Task& task = tasks[static_cast<size_t>(i)];
-        double* const task_totals = totals + task.group * totals_group;
-        for (int64_t image = 0; image < chunk; ++image) {
+    parallel_for(pool, problem.groups * pair_ranges, serial, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / pair_ranges;
+        const int64_t pair_begin = task % pair_ranges * pairs_per_task;
+        const int64_t pair_end = std::min(pairs, pair_begin + pairs_per_task);
+        if (n0 == 0) {
+          std::fill_n(totals + group * totals_group + pair_begin * padded_out,
+                      (pair_end - pair_begin) * padded_out, 0.0);
+        }
+        for (int64_t image = 0; image < chunk; image += images_per_sum) {
+          const int64_t sum_images = std::min(images_per_sum, chunk - image);
           for (int64_t y = 0; y < problem.out_height; y += rows_per_sum) {
-            const int64_t first = y * problem.out_width;
+            const int64_t first = image * pixels + y * problem.out_width;
             OuterProductSteps<A> steps;
             steps.offsets = pixel_offsets.data();
-            steps.count = std::min(rows_per_sum, problem.out_height - y) * problem.out_width;
+            steps.count =
+                sum_images * std::min(rows_per_sum, problem.out_height - y) * problem.out_width;
             if (gradient_in_place) {
-              steps.panels = gradient + image * gradient_image + first * problem.out_channels +
-                             task.group * group_out;
+              steps.panels = gradient + first * problem.out_channels + group * group_out;
               steps.panel = lanes;
               steps.step = problem.out_channels;
             } else {
-              steps.panels = gradient + image * gradient_image + task.group * padded_out * pixels +
-                             first * lanes;
-              steps.panel = pixels * lanes;
+              steps.panel = plan.images_per_chunk * pixels * lanes;
+              steps.panels =
+                  gradient + group * padded_out / lanes * steps.panel + first * lanes;
               steps.step = lanes;
             }
             const A* const from = source + image * images.image +
-                                  task.group * group_in * images.channel +
+                                  group * group_in * images.channel +
                                   y * problem.stride_h * images.row;
-            const auto run = [&](auto vectors) {
-              outer_product_pairs<A, decltype(vectors)::value>(
-                  from, list.source, task.pair, steps, task.vector, task_totals, padded_out);
-            };
-            switch (task.vectors) {
-              case 3:
-                run(Constant<3>{});
-                break;
-              case 2:
-                run(Constant<2>{});
-                break;
-              default:
-                run(Constant<1>{});
-            }
+            for_each_vector_tile(padded_out / lanes, [&](int64_t v, auto vectors) {
+              constexpr int KV = decltype(vectors)::value;
+              for (int64_t pair = pair_begin; pair < pair_end; pair += kTilePixels<KV>) {
+                outer_product_pairs<A, KV>(from, list.source, pair, pair_end, steps, v,
+                                           totals + group * totals_group, padded_out);
+              }
+            });
           }
         }
       }
     });
   }
 
-  with_storage<A>(problem.dtype, [&](auto element) {
-    using T = decltype(element);
-    for (int64_t k = 0; k < problem.out_channels; ++k) {
-      const double* const from = totals + k / group_out * totals_group + k % group_out;
-      T* const to = static_cast<T*>(grad_weight) + k * problem.weight_stride_k;
-      for (int64_t i = 0; i < pairs; ++i) {
-        to[list.weight[static_cast<size_t>(i)]] = narrow<T>(static_cast<A>(from[i * padded_out]));
+  // The totals of a vector of output channels become rows of as many output channels.
+  const int64_t vectors = padded_out / lanes;
+  parallel_for(pool, problem.groups * vectors, serial, [&](int64_t begin, int64_t end) {
+    with_storage<A>(problem.dtype, [&](auto element) {
+      using T = decltype(element);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / vectors, k = task % vectors * lanes;
+        const int64_t count = std::min(lanes, group_out - k);
+        const double* const from = totals + group * totals_group + k;
+        T* const to =
+            static_cast<T*>(grad_weight) + (group * group_out + k) * problem.weight_stride_k;
+        for (int64_t i = 0; i < pairs; ++i) {
+          T* const at = to + list.weight[static_cast<size_t>(i)];
+          for (int64_t lane = 0; lane < count; ++lane) {
+            at[lane * problem.weight_stride_k] =
+                narrow<T>(static_cast<A>(from[i * padded_out + lane]));
+          }
+        }
       }
-    }
+    });
   });
 }
