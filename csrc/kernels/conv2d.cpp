@@ -346,6 +346,10 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
   Conv2dPlan plan = pass_plan(problem, algorithm, isa, threads, source_image + gradient_image,
                               group_out, problem.out_height);
   plan.in_place = in_place;
+  // Whole sums, so that they are the same for any number of threads.
+  if (outer) {
+    plan.images_per_chunk = round_up(plan.images_per_chunk, gradient_sum(problem).images);
+  }
   return plan;
 }
 

@@ -8,6 +8,12 @@
 
 namespace cnnkernels {
 
+GradientSum gradient_sum(const Conv2dProblem& problem) {
+  constexpr int64_t kPixels = 256;
+  return {std::max<int64_t>(1, kPixels / (problem.out_height * problem.out_width)),
+          std::clamp<int64_t>(kPixels / problem.out_width, 1, problem.out_height)};
+}
+
 void conv2d_outer_product_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                                   const ThreadPool& pool, const void* input, const void* weight,
                                   const void* bias, void* output) {

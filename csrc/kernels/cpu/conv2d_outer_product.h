@@ -6,6 +6,14 @@
 
 namespace cnnkernels {
 
+// What one sum of the weight gradient goes over, before it is added to the totals:
+// rows of an image, or whole images where they are small. Its output gradients stay in
+// the first-level cache for all pairs of input channels and taps.
+struct GradientSum {
+  int64_t images, rows;
+};
+GradientSum gradient_sum(const Conv2dProblem& problem);
+
 void conv2d_outer_product_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                                   const ThreadPool& pool, const void* input, const void* weight,
                                   const void* bias, void* output);

@@ -16,11 +16,8 @@
 
 #include "kernels/cpu/outer_product_pass.inl"
 
-// Pixels of one sum of the weight gradient, before it goes to the totals: their
-// gradients stay in the first-level cache for all pairs. And of a chain in it: shorter
-// than elsewhere, since there is one chain a sum, where dot products have one in every
-// lane.
-constexpr int64_t kPixelsPerSum = 256;
+// Pixels of a chain of the weight gradient: shorter than elsewhere, since there is one
+// chain a sum, where dot products have one in every lane.
 constexpr int64_t kPixelsPerChain = 32;
 
 // Where the results of the tiles go.
@@ -360,9 +357,12 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const BorderedImages images = forward_images(problem, plan.in_place);
   const PlaneSource gradients =
       plane_source(problem.layout, problem.out_channels, problem.out_height, problem.out_width);
-  // Pixels of whole vectors of channels are panels as they lie.
+  // Pixels of whole vectors of channels are panels as they lie; but they fall onto few
+  // sets of the cache, so that many pairs are worth a copy.
+  constexpr int64_t kManyPairs = 256;
   const bool gradient_in_place =
-      !widens(problem.dtype) && problem.layout == Layout::nhwc && group_out % lanes == 0;
+      !widens(problem.dtype) && problem.layout == Layout::nhwc && group_out % lanes == 0 &&
+      group_in * problem.kernel_height * problem.kernel_width < kManyPairs;
   const int64_t gradient_image =
       gradient_in_place ? problem.out_channels * pixels : problem.groups * padded_out * pixels;
 
@@ -370,9 +370,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const ForwardSteps list = forward_steps(problem, images, weight_strides(problem));
   const int64_t pairs = static_cast<int64_t>(list.source.size());
   // A sum goes over rows of an image, or over whole images where they are small.
-  const int64_t rows_per_sum =
-      std::clamp<int64_t>(kPixelsPerSum / problem.out_width, 1, problem.out_height);
-  const int64_t images_per_sum = std::max<int64_t>(1, kPixelsPerSum / pixels);
+  const auto [images_per_sum, rows_per_sum] = gradient_sum(problem);
+  const int64_t row_sums = ceil_div(problem.out_height, rows_per_sum);
   std::vector<int64_t> pixel_offsets;
   for (int64_t image = 0; image < std::min(images_per_sum, plan.images_per_chunk); ++image) {
     for (int64_t y = 0; y < rows_per_sum; ++y) {
@@ -382,11 +381,17 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
       }
     }
   }
+  // Where totals are small, slices of the sums have their own, as many as keep some
+  // threads busy. The sums' order must not depend on the number of threads, and so
+  // neither does the number of slices.
+  constexpr int64_t kMostSlices = 8, kMostElements = 128 * 1024;
+  const int64_t totals_group = pairs * padded_out;
+  const int64_t totals_slice = problem.groups * totals_group;
+  const int64_t slices = std::clamp<int64_t>(kMostElements / totals_slice, 1, kMostSlices);
   // A task has some pairs of a group, in whole tiles of the commonest width.
   constexpr int64_t kPairTile = kTilePixels<2>;
-  const int64_t pairs_per_task = std::clamp<int64_t>(
-      round_up(ceil_div(pairs * problem.groups, 4 * plan.threads), kPairTile), kPairTile,
-      round_up(pairs, kPairTile));
+  const int64_t pair_tasks = ceil_div(4 * plan.threads, slices * problem.groups);
+  const int64_t pairs_per_task = round_up(ceil_div(pairs, pair_tasks), kPairTile);
   const int64_t pair_ranges = ceil_div(pairs, pairs_per_task);
 
   const int64_t packed_count = plan.in_place ? 0 : plan.images_per_chunk * images.image;
@@ -394,11 +399,9 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const Workspace workspace((packed_count + gradient_count) * static_cast<int64_t>(sizeof(A)));
   A* const packed_data = workspace.as<A>();
   A* const gradient_data = packed_data + packed_count;
-  const int64_t totals_group = pairs * padded_out;
-  const Workspace totals_workspace(problem.groups * totals_group *
-                                   static_cast<int64_t>(sizeof(double)));
+  const Workspace totals_workspace(slices * totals_slice * static_cast<int64_t>(sizeof(double)));
   double* const totals = totals_workspace.as<double>();
-  if (problem.batch == 0) std::fill_n(totals, problem.groups * totals_group, 0.0);
+  if (problem.batch == 0) std::fill_n(totals, slices * totals_slice, 0.0);
 
   const int64_t input_image =
       image_stride(problem.in_channels, problem.in_height, problem.in_width);
@@ -428,18 +431,23 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         plan.in_place ? static_cast<const A*>(input) + n0 * input_image : packed_data;
     const A* const gradient =
         gradient_in_place ? static_cast<const A*>(grad_output) + n0 * output_image : gradient_data;
-    parallel_for(pool, problem.groups * pair_ranges, serial, [&](int64_t begin, int64_t end) {
+    const int64_t tasks = slices * problem.groups * pair_ranges;
+    parallel_for(pool, tasks, serial, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / pair_ranges;
+        const int64_t group = task / pair_ranges % problem.groups;
+        const int64_t slice = task / pair_ranges / problem.groups;
+        double* const task_totals = totals + slice * totals_slice + group * totals_group;
         const int64_t pair_begin = task % pair_ranges * pairs_per_task;
         const int64_t pair_end = std::min(pairs, pair_begin + pairs_per_task);
         if (n0 == 0) {
-          std::fill_n(totals + group * totals_group + pair_begin * padded_out,
+          std::fill_n(task_totals + pair_begin * padded_out,
                       (pair_end - pair_begin) * padded_out, 0.0);
         }
         for (int64_t image = 0; image < chunk; image += images_per_sum) {
           const int64_t sum_images = std::min(images_per_sum, chunk - image);
           for (int64_t y = 0; y < problem.out_height; y += rows_per_sum) {
+            const int64_t sum = (n0 + image) / images_per_sum * row_sums + y / rows_per_sum;
+            if (sum % slices != slice) continue;
             const int64_t first = image * pixels + y * problem.out_width;
             OuterProductSteps<A> steps;
             steps.offsets = pixel_offsets.data();
@@ -462,7 +470,7 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
               constexpr int KV = decltype(vectors)::value;
               for (int64_t pair = pair_begin; pair < pair_end; pair += kTilePixels<KV>) {
                 outer_product_pairs<A, KV>(from, list.source, pair, pair_end, steps, v,
-                                           totals + group * totals_group, padded_out);
+                                           task_totals, padded_out);
               }
             });
           }
@@ -485,8 +493,11 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         for (int64_t i = 0; i < pairs; ++i) {
           T* const at = to + list.weight[static_cast<size_t>(i)];
           for (int64_t lane = 0; lane < count; ++lane) {
-            at[lane * problem.weight_stride_k] =
-                narrow<T>(static_cast<A>(from[i * padded_out + lane]));
+            double total = from[i * padded_out + lane];
+            for (int64_t slice = 1; slice < slices; ++slice) {
+              total += from[slice * totals_slice + i * padded_out + lane];
+            }
+            at[lane * problem.weight_stride_k] = narrow<T>(static_cast<A>(total));
           }
         }
       }
