@@ -54,7 +54,8 @@ class Plan(dict[str, Any]):
     Keys: ``operator``; ``algorithm``, the kernel's or ``"aten"`` where torch computes it. With
     ``"aten"`` comes the ``reason``, with a kernel what it makes of the problem: ``isa`` (the
     instruction set), ``vector_lanes``, ``threads``, for convolutions ``flops`` (floating-point
-    operations of the call) and ``workspace_bytes``, and how the work is cut.
+    operations of the call) and ``workspace_bytes``, with ``"amx"`` the ``parts`` (bfloat16 numbers
+    of which an element is the sum), and how the work is cut.
     """
 
     def __str__(self) -> str:

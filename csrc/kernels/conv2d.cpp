@@ -42,6 +42,7 @@ Conv2dPlan pass_plan(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa 
   const int64_t other_tasks =
       plan.images_per_chunk * problem.groups * ceil_div(group_channels, plan.channels_per_task);
   plan.rows_per_task = std::max<int64_t>(1, rows_per_task(rows, other_tasks, plan.threads));
+  plan.parts = amx_parts(problem);
   plan.amx_order = AmxOrder::chunks;
   plan.channels_per_slice = 0;
   plan.in_place = false;

@@ -75,6 +75,7 @@ struct Conv2dPlan {
   int64_t images_per_chunk;  // images packed at a time
   int64_t rows_per_task;     // output rows in one task
   int64_t channels_per_task;
+  int parts;  // amx: bfloat16 of which an element is the sum
   AmxOrder amx_order;
   int64_t channels_per_slice;  // few_pixels: source channels packed at a time
   bool in_place;  // reads the input where it lies, without packing

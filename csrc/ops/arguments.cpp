@@ -1,5 +1,6 @@
 #include "ops/arguments.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
@@ -196,6 +197,21 @@ void check_input_dimensions(const char* op, const at::Tensor& input) {
               input.sizes());
 }
 
+namespace {
+
+Float32Precision float32_precision() {
+  switch (at::globalContext().float32MatmulPrecision()) {
+    case at::Float32MatmulPrecision::HIGHEST:
+      return Float32Precision::highest;
+    case at::Float32MatmulPrecision::HIGH:
+      return Float32Precision::high;
+    default:
+      return Float32Precision::medium;
+  }
+}
+
+}  // namespace
+
 Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const ConvArguments& arguments) {
   TORCH_CHECK(weight.dim() == 4, op,
@@ -245,6 +261,7 @@ Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Te
   problem.dilation_w = arguments.dilation[1];
   problem.dtype = dtype_of(input);
   problem.layout = conv_layout(input, weight);
+  problem.precision = float32_precision();
   set_weight_strides(problem, weight);
   int64_t out[2];
   for (int axis = 0; axis < 2; ++axis) {

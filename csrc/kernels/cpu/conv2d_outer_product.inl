@@ -289,17 +289,19 @@ void pack_gradient_panels(DType dtype, const void* grad_output, int64_t at,
   const int64_t pixels = source.height * source.width;
   with_storage<A>(dtype, [&](auto element) {
     const auto* const from = static_cast<const decltype(element)*>(grad_output) + at;
+    if (source.channel_stride == 1) {
+      for (int64_t i = 0; i < pixels; ++i) {
+        const auto* const pixel = from + i * source.column_stride;
+        A* to = panels + i * lanes;
+        int64_t k = 0;
+        for (; k + lanes <= channels; k += lanes, to += panel) store(to, load_widened(pixel + k));
+        if (k < channels) store(to, load_head(pixel + k, channels - k));
+      }
+      return;
+    }
     for (int64_t k = 0; k < channels; k += lanes) {
       const int64_t count = std::min(lanes, channels - k);
       A* const to = panels + k / lanes * panel;
-      if (source.channel_stride == 1) {
-        for (int64_t i = 0; i < pixels; ++i) {
-          const auto* const pixel = from + i * source.column_stride + k;
-          store(to + i * lanes,
-                count == lanes ? load_widened(pixel) : load_first(pixel, count, A{0}));
-        }
-        continue;
-      }
       int64_t i = 0;
       for (; i + lanes <= pixels; i += lanes) {
         Vec<A> rows[lanes];
