@@ -197,9 +197,10 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
     const int64_t blocks = ceil_div(from, kAmxDepth);
     const int64_t slices = ceil_div(blocks * block_bytes, kAmxChunkBytes);
     plan.channels_per_slice = ceil_div(blocks, std::min(slices, blocks)) * kAmxDepth;
-    plan.workspace_bytes = plan.threads * (plan.channels_per_slice / kAmxDepth * block_bytes +
-                                           sums_bytes + weight_bytes / ceil_div(to, kAmxBlock) /
-                                                            ceil_div(from, plan.channels_per_slice));
+    plan.workspace_bytes =
+        plan.threads *
+        (plan.channels_per_slice / kAmxDepth * block_bytes + sums_bytes +
+         weight_bytes / ceil_div(to, kAmxBlock) / ceil_div(from, plan.channels_per_slice));
     return plan;
   }
   const GridChunk chunk =
@@ -231,8 +232,8 @@ Conv2dPlan plan_amx_weight_gradient(const Conv2dProblem& problem, Isa isa, int t
   };
   // The order of the sums must not depend on the number of threads: neither the chunks
   // nor the slices do. Ranges of channels may.
-  const GridChunk chunk = grid_chunk(grid, problem.batch, position_bytes(round_up(group_in, 16)),
-                                     kAmxGradientBytes, 1);
+  const GridChunk chunk =
+      grid_chunk(grid, problem.batch, position_bytes(round_up(group_in, 16)), kAmxGradientBytes, 1);
   plan.images_per_chunk = chunk.images;
   plan.rows_per_task = chunk.rows;
   const int64_t chunks =
@@ -242,11 +243,11 @@ Conv2dPlan plan_amx_weight_gradient(const Conv2dProblem& problem, Isa isa, int t
   const int64_t ranges =
       tasks % plan.threads == 0 ? 1 : std::min<int64_t>(blocks, ceil_div(plan.threads, tasks));
   plan.channels_per_task = ceil_div(blocks, ranges) * kAmxBlock;
-  plan.workspace_bytes =
-      plan.threads * position_bytes(plan.channels_per_task) *
-          grid.positions(chunk.images, chunk.rows) +
-      4 * tasks * round_up(group_in, kAmxBlock) * round_up(group_out, kAmxBlock) *
-          problem.kernel_height * problem.kernel_width;
+  plan.workspace_bytes = plan.threads * position_bytes(plan.channels_per_task) *
+                             grid.positions(chunk.images, chunk.rows) +
+                         4 * tasks * round_up(group_in, kAmxBlock) *
+                             round_up(group_out, kAmxBlock) * problem.kernel_height *
+                             problem.kernel_width;
   return plan;
 }
 
@@ -381,10 +382,9 @@ Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int
   const int64_t taps = ceil_div(problem.kernel_height, problem.stride_h) *
                        ceil_div(problem.kernel_width, problem.stride_w);
   const int64_t from = problem.out_channels / problem.groups;
-  const Pass pass = {
-      from * taps,
-      problem.in_channels / problem.groups, ceil_div(problem.in_height, problem.stride_h),
-      ceil_div(problem.in_width, problem.stride_w)};
+  const Pass pass = {from * taps, problem.in_channels / problem.groups,
+                     ceil_div(problem.in_height, problem.stride_h),
+                     ceil_div(problem.in_width, problem.stride_w)};
   return plan_input_gradient(problem, cheapest(pass, problem, isa, from, taps), isa, threads);
 }
 

@@ -78,7 +78,7 @@ struct Conv2dPlan {
   int parts;  // amx: bfloat16 of which an element is the sum
   AmxOrder amx_order;
   int64_t channels_per_slice;  // few_pixels: source channels packed at a time
-  bool in_place;  // reads the input where it lies, without packing
+  bool in_place;               // reads the input where it lies, without packing
   int64_t workspace_bytes;
 };
 

@@ -143,9 +143,8 @@ void check_conv2d(Random& random) {
           if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
           if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
           const Memory out(element, tensors.output_shape, tensors.output_strides);
-          conv2d_forward(
-              p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)), pool,
-              input.data(), weight.data(), bias_data, out.data());
+          conv2d_forward(p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
+                         pool, input.data(), weight.data(), bias_data, out.data());
           expect_holds(out, output, "output");
           GradientMemory to(random, element, tensors);
           to.wants_bias = false;

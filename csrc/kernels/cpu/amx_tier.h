@@ -25,9 +25,9 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #elif defined(__clang__)
-#pragma clang attribute push(                                                                    \
-    __attribute__((                                                                              \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"))),          \
+#pragma clang attribute push(                                                                      \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
 #pragma GCC push_options

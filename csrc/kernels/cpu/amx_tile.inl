@@ -8,7 +8,7 @@
 // TDPBF16PS).
 
 constexpr int kTileRows = 16;
-constexpr int kTileDepth = 32;               // bfloat16 in a row
+constexpr int kTileDepth = 32;              // bfloat16 in a row
 constexpr int64_t kTileElements = 16 * 32;  // bfloat16 in a tile
 
 #if defined(CNNK_EMULATE_AVX512)
@@ -129,9 +129,9 @@ struct TileSteps {
   const uint16_t* rows;
   const int64_t* offsets;  // of rows, by step
   int64_t count;
-  int64_t row_bytes;     // from one row to the next
-  int64_t rows_tile;     // from the first 16 rows to the next 16
-  int64_t rows_part;     // from one part of the rows to the next
+  int64_t row_bytes;        // from one row to the next
+  int64_t rows_tile;        // from the first 16 rows to the next 16
+  int64_t rows_part;        // from one part of the rows to the next
   const uint16_t* columns;  // [step][part][tile][pair][column][2]
   int64_t columns_part;     // from one part of the columns to the next
   int64_t columns_tile;     // from the first 16 columns to the next 16

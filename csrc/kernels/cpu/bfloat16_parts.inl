@@ -43,10 +43,10 @@ CNNK_INLINE void store_parts(Vec<float> a, Vec<float> b, uint16_t* to, int64_t p
         (Halves)first, (Halves)second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
 #else
-    const Halves packed = __builtin_shuffle(
-        (Halves)first, (Halves)second,
-        Halves{1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-               33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63});
+    const Halves packed =
+        __builtin_shuffle((Halves)first, (Halves)second,
+                          Halves{1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63});
 #endif
     __builtin_memcpy(to + part * part_step, &packed, sizeof packed);
   }

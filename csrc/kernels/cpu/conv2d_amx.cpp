@@ -57,8 +57,8 @@ int amx_parts(const Conv2dProblem& problem) {
 }
 
 Grid forward_grid(const Conv2dProblem& p) {
-  return {grid_axis({forward_axis(p.in_height, p.out_height, p.kernel_height, p.stride_h,
-                                  p.pad_top, p.dilation_h)},
+  return {grid_axis({forward_axis(p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top,
+                                  p.dilation_h)},
                     p.in_height),
           grid_axis({forward_axis(p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left,
                                   p.dilation_w)},
@@ -66,8 +66,8 @@ Grid forward_grid(const Conv2dProblem& p) {
 }
 
 Grid gradient_grid(const Conv2dProblem& p) {
-  return {grid_axis(gradient_axis(p.in_height, p.out_height, p.kernel_height, p.stride_h,
-                                  p.pad_top, p.dilation_h),
+  return {grid_axis(gradient_axis(p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top,
+                                  p.dilation_h),
                     p.out_height),
           grid_axis(gradient_axis(p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left,
                                   p.dilation_w),
@@ -96,16 +96,16 @@ int64_t amx_gradient_slices(const Conv2dProblem& problem, int64_t chunks) {
 
 // Calls the function `name` for the problem's number of parts.
 #if CNNK_HAS_AMX
-#define CNNK_WITH_PARTS(problem, name, ...)                 \
-  do {                                                      \
-    switch (amx_parts(problem)) {                           \
-      case 1:                                               \
-        return amx::name<1>(__VA_ARGS__);                   \
-      case 2:                                               \
-        return amx::name<2>(__VA_ARGS__);                   \
-      default:                                              \
-        return amx::name<3>(__VA_ARGS__);                   \
-    }                                                       \
+#define CNNK_WITH_PARTS(problem, name, ...) \
+  do {                                      \
+    switch (amx_parts(problem)) {           \
+      case 1:                               \
+        return amx::name<1>(__VA_ARGS__);   \
+      case 2:                               \
+        return amx::name<2>(__VA_ARGS__);   \
+      default:                              \
+        return amx::name<3>(__VA_ARGS__);   \
+    }                                       \
   } while (false)
 #else
 #define CNNK_WITH_PARTS(problem, name, ...) return false

@@ -42,9 +42,8 @@ CNNK_INLINE Vec<float> load_apart(const T* from, int64_t step, int64_t count) {
 #if !defined(CNNK_EMULATE_AVX512)
   if (std::is_same_v<T, float> && step < (int64_t{1} << 26)) {
     const Vec<int32_t> index = lane_numbers<int32_t>() * broadcast(static_cast<int32_t>(step));
-    return (Vec<float>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(),
-                                                static_cast<__mmask16>((1u << count) - 1),
-                                                (__m512i)index, from, 4);
+    return (Vec<float>)_mm512_mask_i32gather_ps(
+        _mm512_setzero_ps(), static_cast<__mmask16>((1u << count) - 1), (__m512i)index, from, 4);
   }
 #endif
   float lanes[16] = {};
@@ -127,16 +126,14 @@ inline Pixels pixels_of(Layout layout, int64_t channels, int64_t height, int64_t
 
 // Packs one tile: up to 32 channels of the table's group i.
 template <class T, int Parts>
-CNNK_INLINE void pack_tile(const T* from, const PixelTable& table, int64_t i,
-                           int64_t channel_step, int64_t channels, uint16_t* to,
-                           int64_t part_step, Vec<float>& marks) {
+CNNK_INLINE void pack_tile(const T* from, const PixelTable& table, int64_t i, int64_t channel_step,
+                           int64_t channels, uint16_t* to, int64_t part_step, Vec<float>& marks) {
   if (std::is_same_v<T, bfloat16> && channel_step == 1 && channels == kTileDepth) {
     const int64_t* const at = table.at.data() + i * kTileRows;
     for (int64_t p = 0; p < kTileRows; ++p) {
       __builtin_prefetch(from + at[p + kFetchAhead]);
-      const Vec<int32_t> pixel = at[p] == kNowhere
-                                     ? Vec<int32_t>{}
-                                     : load(reinterpret_cast<const int32_t*>(from + at[p]));
+      const Vec<int32_t> pixel =
+          at[p] == kNowhere ? Vec<int32_t>{} : load(reinterpret_cast<const int32_t*>(from + at[p]));
       store(reinterpret_cast<int32_t*>(to + p * kTileDepth), pixel);
     }
     return;
@@ -188,8 +185,8 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, int64_t c
             const int64_t channels = std::min<int64_t>(kTileDepth, c_end - c);
             const T* const from = source + (group * group_channels + c) * channel_step;
             for (int64_t i = begin; i < end; ++i) {
-              pack_tile<T, Parts>(from, table, i, channel_step, channels,
-                                  block + i * kTileElements, part_step, marks);
+              pack_tile<T, Parts>(from, table, i, channel_step, channels, block + i * kTileElements,
+                                  part_step, marks);
             }
             block += positions * kTileDepth;
           }
@@ -233,8 +230,7 @@ class BlockStore {
   void fetch(const uint16_t* begin, const uint16_t* end, int64_t calls) {
     fetched_ = reinterpret_cast<const char*>(begin);
     fetch_end_ = reinterpret_cast<const char*>(end);
-    fetch_a_call_ =
-        ceil_div(ceil_div(fetch_end_ - fetched_, 64), std::max<int64_t>(1, calls)) * 64;
+    fetch_a_call_ = ceil_div(ceil_div(fetch_end_ - fetched_, 64), std::max<int64_t>(1, calls)) * 64;
   }
 
   CNNK_INLINE void next() {
@@ -332,8 +328,7 @@ inline std::vector<ClassSteps> class_steps(const GridProblem& problem, int64_t b
 // from `tile` on: [step][part][tile].
 template <class T, int Parts>
 void pack_class_weights(const GridProblem& problem, const ClassSteps& steps, int64_t group,
-                        int64_t begin, int64_t end, int64_t tile, uint16_t* to,
-                        Vec<float>& marks) {
+                        int64_t begin, int64_t end, int64_t tile, uint16_t* to, Vec<float>& marks) {
   const WeightMatrix& matrix = problem.matrix;
   const int64_t taps = static_cast<int64_t>(steps.rows->taps.size() * steps.columns->taps.size());
   const int64_t width = std::min<int64_t>(2, problem.column_tiles() - tile);
@@ -354,8 +349,7 @@ void pack_class_weights(const GridProblem& problem, const ClassSteps& steps, int
 
 // Weights of all classes, [class][group][pair of column tiles][step][part][tile].
 template <int Parts>
-int64_t packed_weight_elements(const GridProblem& problem,
-                               const std::vector<ClassSteps>& classes) {
+int64_t packed_weight_elements(const GridProblem& problem, const std::vector<ClassSteps>& classes) {
   int64_t count = 0;
   for (const ClassSteps& steps : classes) count += static_cast<int64_t>(steps.offsets.size());
   return count * problem.groups * problem.column_tiles() * Parts * kTileElements;
@@ -464,9 +458,10 @@ constexpr int64_t kSums = kBlock * kBlock;
 template <int Parts, class Meanwhile>
 void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool all_steps,
                      bool first, bool last, const ClassPixels& pixels, int64_t block_begin,
-                     int64_t block_end, const uint16_t* packed, int64_t part_step, const uint16_t* weights, const ColumnBlock& columns,
-                     BlockStore& store, Meanwhile& meanwhile, float (&two_sums)[2][kSums],
-                     float* sums, int64_t pixel_step = 0) {
+                     int64_t block_end, const uint16_t* packed, int64_t part_step,
+                     const uint16_t* weights, const ColumnBlock& columns, BlockStore& store,
+                     Meanwhile& meanwhile, float (&two_sums)[2][kSums], float* sums,
+                     int64_t pixel_step = 0) {
   TileSteps product;
   product.offsets = steps.offsets.data() + begin;
   const int64_t row_step = pixel_step == 0 ? kTileDepth : pixel_step;
@@ -489,8 +484,7 @@ void multiply_pixels(const ClassSteps& steps, int64_t begin, int64_t end, bool a
     if (store.storing(to)) store.finish();
     multiply_block<Parts>(product, 0, end - begin, count, columns.columns, !first, meanwhile, to);
     if (last) {
-      store.take(to, i * kBlock, count, columns.channel, columns.columns, columns.biases,
-                     calls);
+      store.take(to, i * kBlock, count, columns.channel, columns.columns, columns.biases, calls);
     }
   }
 }
@@ -544,24 +538,25 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
         with_type([&](auto element) {
           using T = decltype(element);
           pack_chunk<T, Parts>(static_cast<const T*>(problem.source_data), problem.source, 1, c,
-                               c_end, grid, 0, problem.batch, 0, grid.rows.count, positions,
-                               packed, residue_step, part_step, marks);
+                               c_end, grid, 0, problem.batch, 0, grid.rows.count, positions, packed,
+                               residue_step, part_step, marks);
         });
         float* sums = sums_workspace.as<float>();
         for (size_t i = 0; i < classes.size(); ++i) {
-          const int64_t taps = static_cast<int64_t>(classes[i].rows->taps.size() *
-                                                    classes[i].columns->taps.size());
+          const int64_t taps =
+              static_cast<int64_t>(classes[i].rows->taps.size() * classes[i].columns->taps.size());
           BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
                             &pixels[i].table, problem.streams()});
           for (int64_t k = k_begin; k < k_end; k += kBlock, sums += pixels[i].blocks() * kSums) {
             with_type([&](auto element) {
-              pack_class_weights<decltype(element), Parts>(
-                  problem, classes[i], 0, c / kTileDepth, c / kTileDepth + blocks, k / 16, weights,
-                  marks);
+              pack_class_weights<decltype(element), Parts>(problem, classes[i], 0, c / kTileDepth,
+                                                           c / kTileDepth + blocks, k / 16, weights,
+                                                           marks);
             });
             multiply_pixels<Parts>(classes[i], 0, blocks * taps, false, c == 0, c_end == from,
                                    pixels[i], 0, pixels[i].blocks(), packed, part_step, weights,
-                                   column_block(problem, 0, k, k_end), store, store, two_sums, sums);
+                                   column_block(problem, 0, k, k_end), store, store, two_sums,
+                                   sums);
           }
         }
         if (Parts > 1 && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
@@ -589,8 +584,7 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
       round_up(grid.positions(plan.images_per_chunk, plan.rows_per_task) + kSlack, kTileRows);
   const int64_t residue_step = groups * blocks * positions * kTileDepth;
   const int64_t part_step = grid.residues() * residue_step;
-  const std::vector<ClassSteps> classes =
-      class_steps(problem, blocks, residue_step, positions);
+  const std::vector<ClassSteps> classes = class_steps(problem, blocks, residue_step, positions);
   const int64_t weight_elements = packed_weight_elements<Parts>(problem, classes);
   const Workspace weight_workspace(weight_elements * static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
@@ -635,19 +629,18 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
         const bool pixels_outside = problem.destination.plane.channel_stride == 1 &&
                                     count <= slice && weight_elements * 2 <= 2 * kWeightSliceBytes;
         if (count > slice) sums.resize(static_cast<size_t>(pixels.blocks() * kSums));
-        BlockStore meanwhile({problem.dtype, problem.out,
-                              problem.destination.plane.channel_stride, &pixels.table,
-                              problem.streams()});
+        BlockStore meanwhile({problem.dtype, problem.out, problem.destination.plane.channel_stride,
+                              &pixels.table, problem.streams()});
         for (int64_t group = 0; group < groups; ++group) {
-          const uint16_t* const group_packed =
-              packed + group * blocks * positions * kTileDepth;
+          const uint16_t* const group_packed = packed + group * blocks * positions * kTileDepth;
           if (pixels_outside) {
             for (int64_t i = 0; i < pixels.blocks(); ++i) {
               for (int64_t k = k_begin; k < k_end; k += kBlock) {
                 multiply_pixels<Parts>(steps, 0, count, true, true, true, pixels, i, i + 1,
-                                       group_packed, part_step, class_weights<Parts>(tiles, problem, steps, group, k / 16),
-                                       column_block(problem, group, k, k_end), meanwhile,
-                                       meanwhile, two_sums, nullptr);
+                                       group_packed, part_step,
+                                       class_weights<Parts>(tiles, problem, steps, group, k / 16),
+                                       column_block(problem, group, k, k_end), meanwhile, meanwhile,
+                                       two_sums, nullptr);
               }
             }
             continue;
@@ -655,7 +648,8 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
           for (int64_t k = k_begin; k < k_end; k += kBlock) {
             const ColumnBlock columns = column_block(problem, group, k, k_end);
             const int64_t step = Parts * ceil_div(columns.columns, 16) * kTileElements;
-            const uint16_t* const weights = class_weights<Parts>(tiles, problem, steps, group, k / 16);
+            const uint16_t* const weights =
+                class_weights<Parts>(tiles, problem, steps, group, k / 16);
             for (int64_t first = 0; first < count || first == 0; first += slice) {
               const int64_t last = std::min(count, first + slice);
               // What comes next: the next slice, or the next columns' first.
@@ -663,10 +657,10 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
                               std::min<const uint16_t*>(weights + (2 * last - first) * step,
                                                         tiles + weight_elements),
                               (last - first) * products_of_parts(Parts) * pixels.blocks());
-              multiply_pixels<Parts>(steps, first, last, count <= slice, first == 0,
-                                     last == count, pixels, 0, pixels.blocks(), group_packed,
-                                     part_step, weights + first * step, columns, meanwhile,
-                                     meanwhile, two_sums, sums.data());
+              multiply_pixels<Parts>(steps, first, last, count <= slice, first == 0, last == count,
+                                     pixels, 0, pixels.blocks(), group_packed, part_step,
+                                     weights + first * step, columns, meanwhile, meanwhile,
+                                     two_sums, sums.data());
             }
           }
         }
@@ -774,78 +768,79 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
       grid.columns.low * grid.columns.step + grid.columns.residues.front(), grid.columns.step,
       problem.source.plane.width};
   const int64_t part_step = problem.groups * blocks * kBlock * kTileDepth;
-  parallel_for(pool, ceil_div(pixels, table_pixels), plan.threads == 1, [&](int64_t begin,
-                                                                            int64_t end) {
-    const Workspace workspace(2 * Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
-    const TileScope tile_scope;
-    ClassPixels destination = {{}, 1, table_pixels, table_pixels / kBlock, 0};
-    PixelTable source;
-    alignas(64) float two_sums[2][kSums];
-    const int64_t calls = problem.groups * ceil_div(group_out, kBlock) * blocks *
-                          products_of_parts(Parts);
-    for (int64_t table = begin; table < end; ++table) {
-      const int64_t first = table * table_pixels;
-      const int64_t last = std::min(pixels, first + table_pixels);
-      for (PixelTable* const empty : {&source, &destination.table}) {
-        empty->at.clear();
-        empty->groups.clear();
-      }
-      append_range(source, first, last, problem.source.image_step, problem.source.plane,
-                   source_rows, rows, source_columns, columns);
-      append_range(destination.table, first, last, problem.destination.image_step,
-                   problem.destination.plane, {0, 1, problem.destination.plane.height}, rows,
-                   {0, 1, problem.destination.plane.width}, columns);
-      pad_table(source, kBlock);
-      pad_table(destination.table, kBlock);
-      group_pixels(source, problem.source.plane.column_stride);
-      group_pixels(destination.table, problem.destination.plane.column_stride);
-      destination.run_length = last - first;
-      destination.run_blocks = ceil_div(last - first, kBlock);
+  parallel_for(
+      pool, ceil_div(pixels, table_pixels), plan.threads == 1, [&](int64_t begin, int64_t end) {
+        const Workspace workspace(2 * Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
+        const TileScope tile_scope;
+        ClassPixels destination = {{}, 1, table_pixels, table_pixels / kBlock, 0};
+        PixelTable source;
+        alignas(64) float two_sums[2][kSums];
+        const int64_t calls =
+            problem.groups * ceil_div(group_out, kBlock) * blocks * products_of_parts(Parts);
+        for (int64_t table = begin; table < end; ++table) {
+          const int64_t first = table * table_pixels;
+          const int64_t last = std::min(pixels, first + table_pixels);
+          for (PixelTable* const empty : {&source, &destination.table}) {
+            empty->at.clear();
+            empty->groups.clear();
+          }
+          append_range(source, first, last, problem.source.image_step, problem.source.plane,
+                       source_rows, rows, source_columns, columns);
+          append_range(destination.table, first, last, problem.destination.image_step,
+                       problem.destination.plane, {0, 1, problem.destination.plane.height}, rows,
+                       {0, 1, problem.destination.plane.width}, columns);
+          pad_table(source, kBlock);
+          pad_table(destination.table, kBlock);
+          group_pixels(source, problem.source.plane.column_stride);
+          group_pixels(destination.table, problem.destination.plane.column_stride);
+          destination.run_length = last - first;
+          destination.run_blocks = ceil_div(last - first, kBlock);
 
-      BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
-                        &destination.table, problem.streams()});
-      PackAndStore<T, Parts> meanwhile(problem, source, part_step, store);
-      const auto packed = [&](int64_t i) {
-        return workspace.as<uint16_t>() + i % 2 * Parts * part_step;
-      };
-      // A tile of 16 pixels must not read past the last.
-      const int64_t blocks_in_place = in_place ? (last - first) / kBlock : 0;
-      for (int64_t i = 0; i < blocks_in_place; ++i) {
-        const uint16_t* const rows_at = static_cast<const uint16_t*>(problem.source_data) +
-                                        (first + i * kBlock) * problem.source.channels;
-        for (int64_t group = 0; group < problem.groups; ++group) {
-          for (int64_t k = 0; k < group_out; k += kBlock) {
-            multiply_pixels<Parts>(steps_in_place, 0, blocks, true, true, true, destination, i,
-                                   i + 1, rows_at + group * problem.matrix.from_channels, 0,
-                                   class_weights<Parts>(tiles, problem, steps, group, k / 16),
-                                   column_block(problem, group, k, group_out), store, store,
-                                   two_sums, nullptr, problem.source.channels);
+          BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
+                            &destination.table, problem.streams()});
+          PackAndStore<T, Parts> meanwhile(problem, source, part_step, store);
+          const auto packed = [&](int64_t i) {
+            return workspace.as<uint16_t>() + i % 2 * Parts * part_step;
+          };
+          // A tile of 16 pixels must not read past the last.
+          const int64_t blocks_in_place = in_place ? (last - first) / kBlock : 0;
+          for (int64_t i = 0; i < blocks_in_place; ++i) {
+            const uint16_t* const rows_at = static_cast<const uint16_t*>(problem.source_data) +
+                                            (first + i * kBlock) * problem.source.channels;
+            for (int64_t group = 0; group < problem.groups; ++group) {
+              for (int64_t k = 0; k < group_out; k += kBlock) {
+                multiply_pixels<Parts>(steps_in_place, 0, blocks, true, true, true, destination, i,
+                                       i + 1, rows_at + group * problem.matrix.from_channels, 0,
+                                       class_weights<Parts>(tiles, problem, steps, group, k / 16),
+                                       column_block(problem, group, k, group_out), store, store,
+                                       two_sums, nullptr, problem.source.channels);
+              }
+            }
           }
-        }
-      }
-      if (blocks_in_place < destination.run_blocks) {
-        meanwhile.pack(blocks_in_place, packed(blocks_in_place), 1);
-        meanwhile.finish();
-      }
-      for (int64_t i = blocks_in_place; i < destination.run_blocks; ++i) {
-        if (i + 1 < destination.run_blocks) meanwhile.pack(i + 1, packed(i + 1), calls);
-        for (int64_t group = 0; group < problem.groups; ++group) {
-          for (int64_t k = 0; k < group_out; k += kBlock) {
-            multiply_pixels<Parts>(
-                steps, 0, blocks, true, true, true, destination, i, i + 1,
-                packed(i) + (group * blocks - i) * kBlock * kTileDepth, part_step,
-                class_weights<Parts>(tiles, problem, steps, group, k / 16),
-                column_block(problem, group, k, group_out), store, meanwhile, two_sums, nullptr);
+          if (blocks_in_place < destination.run_blocks) {
+            meanwhile.pack(blocks_in_place, packed(blocks_in_place), 1);
+            meanwhile.finish();
           }
+          for (int64_t i = blocks_in_place; i < destination.run_blocks; ++i) {
+            if (i + 1 < destination.run_blocks) meanwhile.pack(i + 1, packed(i + 1), calls);
+            for (int64_t group = 0; group < problem.groups; ++group) {
+              for (int64_t k = 0; k < group_out; k += kBlock) {
+                multiply_pixels<Parts>(steps, 0, blocks, true, true, true, destination, i, i + 1,
+                                       packed(i) + (group * blocks - i) * kBlock * kTileDepth,
+                                       part_step,
+                                       class_weights<Parts>(tiles, problem, steps, group, k / 16),
+                                       column_block(problem, group, k, group_out), store, meanwhile,
+                                       two_sums, nullptr);
+              }
+            }
+            meanwhile.finish();
+          }
+          if (Parts > 1 && !all_finite(meanwhile.marks())) {
+            finite.store(false, std::memory_order_relaxed);
+          }
+          if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
         }
-        meanwhile.finish();
-      }
-      if (Parts > 1 && !all_finite(meanwhile.marks())) {
-        finite.store(false, std::memory_order_relaxed);
-      }
-      if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
-    }
-  });
+      });
   return Parts == 1 || finite.load(std::memory_order_relaxed);
 }
 

@@ -29,8 +29,7 @@ void pack_planes_of_parts(const T* from, const PixelTable& table, int64_t begin,
 // Packs 16 output channels as tiles of columns, 32 pixels each.
 template <class T, int Parts>
 void pack_gradient_tiles(const T* from, const PixelTable& table, int64_t begin, int64_t end,
-                         int64_t channel_step, int64_t channels, uint16_t* to,
-                         Vec<float>& marks) {
+                         int64_t channel_step, int64_t channels, uint16_t* to, Vec<float>& marks) {
   for (int64_t i = begin; i < end; ++i) {
     Vec<float> rows[16];
     load_pixels(from, table, i, channel_step, channels, rows);
@@ -80,20 +79,18 @@ inline void write_weights(const Conv2dProblem& problem, void* weights, int64_t a
   }
   if (problem.weight_stride_c == taps && problem.weight_stride_s == 1 &&
       problem.weight_stride_r == problem.kernel_width) {
-    write_piece(at, in_channels * taps, [&](int64_t i) {
-      return totals + i % taps * tap_step + i / taps * kBlock;
-    });
+    write_piece(at, in_channels * taps,
+                [&](int64_t i) { return totals + i % taps * tap_step + i / taps * kBlock; });
     return;
   }
   for (int64_t c = 0; c < in_channels; ++c) {
     for (int64_t tap = 0; tap < taps; ++tap) {
       const float* const from = totals + tap * tap_step + c * kBlock;
       for (int64_t k = 0; k < out_channels; k += 16) {
-        store_as<float>(problem.dtype, weights,
-                        at + k * problem.weight_stride_k + c * problem.weight_stride_c +
-                            tap_offset(tap),
-                        load(from + k), std::min<int64_t>(16, out_channels - k),
-                        problem.weight_stride_k);
+        store_as<float>(
+            problem.dtype, weights,
+            at + k * problem.weight_stride_k + c * problem.weight_stride_c + tap_offset(tap),
+            load(from + k), std::min<int64_t>(16, out_channels - k), problem.weight_stride_k);
       }
     }
   }
@@ -174,9 +171,8 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const int64_t source_part = grid.residues() * planes_step;
   // Runs of pixels, each padded to whole tiles.
   const int64_t most_pixels =
-      grid.rows.extra == 0
-          ? round_up(plan.images_per_chunk * plan.rows_per_task * pitch, kBlock)
-          : plan.images_per_chunk * round_up(plan.rows_per_task * pitch, kBlock);
+      grid.rows.extra == 0 ? round_up(plan.images_per_chunk * plan.rows_per_task * pitch, kBlock)
+                           : plan.images_per_chunk * round_up(plan.rows_per_task * pitch, kBlock);
   const int64_t gradient_tile = most_pixels * 16 * Parts;
 
   // Totals: [slice][group][in block][out block][tap]. Taps' blocks are a cache line
@@ -297,8 +293,7 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         }
       }
       write_weights(problem, grad_weight,
-                    (group * group_out + k) * problem.weight_stride_k +
-                        c * problem.weight_stride_c,
+                    (group * group_out + k) * problem.weight_stride_k + c * problem.weight_stride_c,
                     std::min(kBlock, group_out - k), std::min(kBlock, group_in - c), block,
                     kTapStep);
     }

@@ -328,8 +328,7 @@ template <class A, int KV>
 __attribute__((noinline)) void outer_product_pairs(const A* source,
                                                    const std::vector<int64_t>& pairs, int64_t first,
                                                    int64_t last, const OuterProductSteps<A>& steps,
-                                                   int64_t v, double* totals,
-                                                   int64_t totals_row) {
+                                                   int64_t v, double* totals, int64_t totals_row) {
   constexpr int P = kTilePixels<KV>;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t count = std::min<int64_t>(P, last - first);
@@ -442,8 +441,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         const int64_t pair_begin = task % pair_ranges * pairs_per_task;
         const int64_t pair_end = std::min(pairs, pair_begin + pairs_per_task);
         if (n0 == 0) {
-          std::fill_n(task_totals + pair_begin * padded_out,
-                      (pair_end - pair_begin) * padded_out, 0.0);
+          std::fill_n(task_totals + pair_begin * padded_out, (pair_end - pair_begin) * padded_out,
+                      0.0);
         }
         for (int64_t image = 0; image < chunk; image += images_per_sum) {
           const int64_t sum_images = std::min(images_per_sum, chunk - image);
@@ -461,8 +460,7 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
               steps.step = problem.out_channels;
             } else {
               steps.panel = plan.images_per_chunk * pixels * lanes;
-              steps.panels =
-                  gradient + group * padded_out / lanes * steps.panel + first * lanes;
+              steps.panels = gradient + group * padded_out / lanes * steps.panel + first * lanes;
               steps.step = lanes;
             }
             const A* const from = source + image * images.image +
@@ -471,8 +469,8 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
             for_each_vector_tile(padded_out / lanes, [&](int64_t v, auto vectors) {
               constexpr int KV = decltype(vectors)::value;
               for (int64_t pair = pair_begin; pair < pair_end; pair += kTilePixels<KV>) {
-                outer_product_pairs<A, KV>(from, list.source, pair, pair_end, steps, v,
-                                           task_totals, padded_out);
+                outer_product_pairs<A, KV>(from, list.source, pair, pair_end, steps, v, task_totals,
+                                           padded_out);
               }
             });
           }

@@ -79,8 +79,8 @@ IsaChoice choose_isa(const char* forced) {
   for (const Isa isa : isas) {
     if (name == isa_name(isa)) return {isa, ""};
   }
-  const bool known = name == isa_name(Isa::avx2) || name == isa_name(Isa::avx512) ||
-                     name == isa_name(Isa::amx);
+  const bool known =
+      name == isa_name(Isa::avx2) || name == isa_name(Isa::avx512) || name == isa_name(Isa::amx);
   return {best, "CNNKERNELS_CPU_ISA=" + std::string(forced) +
                     (known ? " is not supported by this machine" : " is not an instruction set") +
                     "; running on " + isa_name(best)};

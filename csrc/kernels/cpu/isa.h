@@ -7,9 +7,9 @@
 
 // Whether the compiler knows the matrix tiles, and how a program asks the system for
 // them. CNNK_EMULATE_AVX512 emulates them too (cpu/amx_tile.inl).
-#if defined(__x86_64__) &&                                                       \
-    (defined(CNNK_EMULATE_AVX512) ||                                             \
-     (defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) ||    \
+#if defined(__x86_64__) &&                                                    \
+    (defined(CNNK_EMULATE_AVX512) ||                                          \
+     (defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || \
                              (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))))
 #define CNNK_HAS_AMX 1
 #else

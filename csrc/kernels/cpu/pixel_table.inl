@@ -37,8 +37,8 @@ struct PixelAxis {
 };
 
 inline void pad_table(PixelTable& table, int64_t multiple) {
-  table.at.resize(
-      static_cast<size_t>(round_up(static_cast<int64_t>(table.at.size()), multiple)), kNowhere);
+  table.at.resize(static_cast<size_t>(round_up(static_cast<int64_t>(table.at.size()), multiple)),
+                  kNowhere);
 }
 
 // Appends `rows` rows of `pitch` pixels of one image.
@@ -49,10 +49,10 @@ inline void append_pixels(PixelTable& table, int64_t image_at, const PlaneSource
     const bool inside = row_axis.inside(i);
     const int64_t row_at = image_at + (row_axis.first + i * row_axis.step) * plane.row_stride;
     for (int64_t j = 0; j < pitch; ++j) {
-      table.at.push_back(
-          inside && column_axis.inside(j)
-              ? row_at + (column_axis.first + j * column_axis.step) * plane.column_stride
-              : kNowhere);
+      table.at.push_back(inside && column_axis.inside(j)
+                             ? row_at +
+                                   (column_axis.first + j * column_axis.step) * plane.column_stride
+                             : kNowhere);
     }
   }
 }
@@ -235,9 +235,8 @@ inline void store_planes_of(const PixelsOut& out, int64_t i, int64_t k, int64_t 
   for (int64_t c = 0; c < channels; ++c) {
     const int64_t plane = (k + c) * out.channel_step;
     if (group.run) {
-      const Vec<float> pixels = group.count == kTileRows
-                                    ? rows[c]
-                                    : compress_lanes(rows[c], group.somewhere);
+      const Vec<float> pixels =
+          group.count == kTileRows ? rows[c] : compress_lanes(rows[c], group.somewhere);
       store_out<float>(out.dtype, out.data, group.first + plane, pixels, group.count, 1);
       continue;
     }
