@@ -83,8 +83,8 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
     // The last tile is moved back to end with the block; where there are fewer
     // pixels than a tile has, the last is computed several times.
     const int64_t start = std::max<int64_t>(0, std::min(i, count - P));
-    int64_t y = start / block.columns;
-    int64_t x = start % block.columns;
+    int64_t y = block.rows == 1 ? 0 : start / block.columns;
+    int64_t x = start - y * block.columns;
     const A* source[P];
     int64_t at[P];
     for (int p = 0; p < P; ++p) {
@@ -122,7 +122,13 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
 
 template <class A>
 void outer_product_block(const OuterProductSteps<A>& steps, const ChannelsOut<A>& out,
-                         const PixelBlock<A>& block) {
+                         PixelBlock<A> block) {
+  // Rows that follow one another without a gap are one.
+  if (block.source_row == block.columns * block.source_column &&
+      block.out_row == block.columns * block.out_column) {
+    block.columns *= block.rows;
+    block.rows = 1;
+  }
   for_each_vector_tile(ceil_div(out.channels, kLanes<A>), [&](int64_t v, auto vectors) {
     outer_product_pixels<A, decltype(vectors)::value>(steps, out, block, v);
   });
