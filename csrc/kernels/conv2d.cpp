@@ -59,21 +59,28 @@ bool of_accumulator_type(const Conv2dProblem& problem) {
   return problem.dtype == DType::float32 || problem.dtype == DType::float64;
 }
 
-// A pass over one image and group, as both algorithms see it.
+// A pass over one image and group, as all algorithms see it.
 struct Pass {
-  int64_t steps;     // products in an output: input channels by taps
+  int64_t from;      // channels of the source
+  int64_t taps;      // products with each of them in an output
   int64_t channels;  // of the output
   int64_t rows, columns;
+
+  int64_t steps() const { return from * taps; }
 };
 
 // Estimates of the cycles that an image takes, of which only the comparison
 // matters. A multiply-add of vectors costs half a cycle and somewhat more for
-// what surrounds it; storing costs by the vector. The factors are fitted to
-// measurements of an AVX2 machine.
+// what surrounds it; storing costs by the vector, packing by the element. The factors
+// are fitted to measurements of an AVX2 machine, those of tiles to a machine with AMX.
 double direct_cost(const Pass& pass, Layout layout, int64_t lanes) {
   const double vectors =
       static_cast<double>(pass.channels * pass.rows * ceil_div(pass.columns, lanes));
-  return vectors * (0.75 * static_cast<double>(pass.steps) + (layout == Layout::nchw ? 3 : 12));
+  // Planes of channels_last are gathered.
+  const double packing = static_cast<double>(pass.from * pass.rows * pass.columns) *
+                         (layout == Layout::nchw ? 0.5 : 4);
+  return vectors * (0.75 * static_cast<double>(pass.steps()) + (layout == Layout::nchw ? 3 : 12)) +
+         packing;
 }
 
 double outer_product_cost(const Pass& pass, Layout layout, int64_t lanes, int64_t batch) {
@@ -82,8 +89,8 @@ double outer_product_cost(const Pass& pass, Layout layout, int64_t lanes, int64_
   const double pixels = static_cast<double>(std::max(kTile, pass.rows * pass.columns));
   const double store = layout == Layout::nchw ? 6 : pass.channels % lanes == 0 ? 3 : 12;
   const double panels =
-      2.0 * static_cast<double>(pass.steps * vectors * lanes) / static_cast<double>(batch);
-  return pixels * static_cast<double>(vectors) * (0.62 * static_cast<double>(pass.steps) + store) +
+      2.0 * static_cast<double>(pass.steps() * vectors * lanes) / static_cast<double>(batch);
+  return pixels * static_cast<double>(vectors) * (0.62 * static_cast<double>(pass.steps()) + store) +
          panels;
 }
 
@@ -101,15 +108,16 @@ double amx_block_cycles(const Conv2dProblem& problem) {
   return parts == 3 ? 400 : parts == 2 ? 220 : 100;
 }
 
-// The same for matrix tiles; `from` channels and `taps` make the steps.
-double amx_cost(const Pass& pass, const Conv2dProblem& problem, int64_t from, int64_t taps) {
+// The same for matrix tiles.
+double amx_cost(const Pass& pass, const Conv2dProblem& problem) {
   const double pixels = static_cast<double>(round_up(pass.rows * pass.columns, 16));
   const double channels = static_cast<double>(round_up(pass.channels, 16));
-  const double depth = static_cast<double>(round_up(from, kAmxDepth));
-  const double products = pixels / 32 * channels / 32 * depth / 32 * static_cast<double>(taps);
+  const double depth = static_cast<double>(round_up(pass.from, kAmxDepth));
+  const double taps = static_cast<double>(pass.taps);
+  const double products = pixels / 32 * channels / 32 * depth / 32 * taps;
   const double packing = pixels * depth;
   const double storing = pixels * channels * (problem.layout == Layout::nchw ? 0.5 : 0.35);
-  const double weights = channels * depth * static_cast<double>(taps) * 1.5;
+  const double weights = channels * depth * taps * 1.5;
   const double call = 40000;
   return products * amx_block_cycles(problem) + packing + storing +
          (weights + call) / static_cast<double>(std::max<int64_t>(1, problem.batch));
@@ -120,16 +128,14 @@ bool amx_takes(const Conv2dProblem& problem, Isa isa) {
   return isa == Isa::amx && problem.dtype != DType::float64;
 }
 
-// The cheapest for a pass of `from` channels and `taps`.
-ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa, int64_t from,
-                       int64_t taps) {
+ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa) {
   const ConvAlgorithm best = cheaper(pass, problem, isa);
   if (!amx_takes(problem, isa)) return best;
   const int64_t lanes = lanes_of(problem, isa);
   const double cost = best == ConvAlgorithm::direct
                           ? direct_cost(pass, problem.layout, lanes)
                           : outer_product_cost(pass, problem.layout, lanes, problem.batch);
-  return amx_cost(pass, problem, from, taps) < cost ? ConvAlgorithm::amx : best;
+  return amx_cost(pass, problem) < cost ? ConvAlgorithm::amx : best;
 }
 
 // Elements of the panels of a group's weights.
@@ -357,8 +363,8 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
 
 ConvAlgorithm cheaper_forward(const Conv2dProblem& problem, Isa isa, int64_t rows, int64_t columns,
                               int64_t pixels) {
-  const Pass pass = {pixels * (problem.in_channels / problem.groups) * problem.kernel_height *
-                         problem.kernel_width,
+  const Pass pass = {problem.in_channels / problem.groups,
+                     pixels * problem.kernel_height * problem.kernel_width,
                      problem.out_channels / problem.groups, rows, columns};
   return cheaper(pass, problem, isa);
 }
@@ -367,11 +373,11 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
   if (depthwise_applies(problem, isa)) {
     return plan_forward(problem, ConvAlgorithm::depthwise, isa, threads);
   }
-  const int64_t taps = problem.kernel_height * problem.kernel_width;
-  const int64_t from = problem.in_channels / problem.groups;
-  const Pass pass = {from * taps, problem.out_channels / problem.groups, problem.out_height,
+  const Pass pass = {problem.in_channels / problem.groups,
+                     problem.kernel_height * problem.kernel_width,
+                     problem.out_channels / problem.groups, problem.out_height,
                      problem.out_width};
-  return plan_forward(problem, cheapest(pass, problem, isa, from, taps), isa, threads);
+  return plan_forward(problem, cheapest(pass, problem, isa), isa, threads);
 }
 
 Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
@@ -379,13 +385,13 @@ Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int
     return plan_input_gradient(problem, ConvAlgorithm::depthwise, isa, threads);
   }
   // One residue class: its pixels, and those of the taps that reach it.
-  const int64_t taps = ceil_div(problem.kernel_height, problem.stride_h) *
-                       ceil_div(problem.kernel_width, problem.stride_w);
-  const int64_t from = problem.out_channels / problem.groups;
-  const Pass pass = {from * taps, problem.in_channels / problem.groups,
+  const Pass pass = {problem.out_channels / problem.groups,
+                     ceil_div(problem.kernel_height, problem.stride_h) *
+                         ceil_div(problem.kernel_width, problem.stride_w),
+                     problem.in_channels / problem.groups,
                      ceil_div(problem.in_height, problem.stride_h),
                      ceil_div(problem.in_width, problem.stride_w)};
-  return plan_input_gradient(problem, cheapest(pass, problem, isa, from, taps), isa, threads);
+  return plan_input_gradient(problem, cheapest(pass, problem, isa), isa, threads);
 }
 
 Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {

@@ -79,21 +79,40 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
   const bool plain = std::is_same_v<A, double> || out.dtype == DType::float32;
   const bool planes = plain && out.channel_step != 1 && block.out_column == 1 &&
                       (block.rows == 1 || block.out_row == block.columns) && count >= P;
+  int64_t y = 0, x = 0;  // of the first pixel
   for (int64_t i = 0; i < count; i += P) {
     // The last tile is moved back to end with the block; where there are fewer
     // pixels than a tile has, the last is computed several times.
     const int64_t start = std::max<int64_t>(0, std::min(i, count - P));
-    int64_t y = block.rows == 1 ? 0 : start / block.columns;
-    int64_t x = start - y * block.columns;
+    if (start != i) {
+      y = start / block.columns;
+      x = start % block.columns;
+    }
     const A* source[P];
     int64_t at[P];
-    for (int p = 0; p < P; ++p) {
-      source[p] = block.source + y * block.source_row + x * block.source_column;
-      at[p] = block.out_at + y * block.out_row + x * block.out_column;
-      if (start + p + 1 < count && ++x == block.columns) {
-        x = 0;
-        ++y;
+    if (x + P <= block.columns) {
+      const A* const first = block.source + y * block.source_row + x * block.source_column;
+      const int64_t first_at = block.out_at + y * block.out_row + x * block.out_column;
+      for (int p = 0; p < P; ++p) {
+        source[p] = first + p * block.source_column;
+        at[p] = first_at + p * block.out_column;
       }
+      x += P;
+    } else {
+      for (int p = 0; p < P; ++p) {
+        if (x == block.columns && start + p < count) {
+          x = 0;
+          ++y;
+        }
+        const int64_t column = std::min(x, block.columns - 1);
+        source[p] = block.source + y * block.source_row + column * block.source_column;
+        at[p] = block.out_at + y * block.out_row + column * block.out_column;
+        ++x;
+      }
+    }
+    if (x >= block.columns) {
+      x = 0;
+      ++y;
     }
     Vec<A> total[P][KV];
     outer_product_tile(source, steps, v, total);
