@@ -8,6 +8,7 @@
 #include "kernels/cpu/conv2d_depthwise.h"
 #include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_outer_product.h"
+#include "kernels/cpu/conv2d_winograd.h"
 #include "kernels/cpu/gradient_phase.h"
 
 namespace cnnkernels {
@@ -128,14 +129,35 @@ bool amx_takes(const Conv2dProblem& problem, Isa isa) {
   return isa == Isa::amx && problem.dtype != DType::float64;
 }
 
+// The same for Winograd's algorithm: 16 products a tile of 2x2, and its transforms.
+double winograd_cost(const Pass& pass, int64_t lanes, int64_t batch) {
+  const double tiles = static_cast<double>(ceil_div(pass.rows, 2) * ceil_div(pass.columns, 2));
+  const double from = static_cast<double>(ceil_div(pass.from, lanes));
+  const double to = static_cast<double>(ceil_div(pass.channels, lanes));
+  const double products = 16 * 0.62 * static_cast<double>(pass.from) * to;
+  const double weights = 60 * static_cast<double>(pass.from) * to / static_cast<double>(batch);
+  return tiles * (products + 50 * from + 80 * to) + weights;
+}
+
+// With few channels the transforms cost more than they save, and their error shows.
+constexpr int64_t kWinogradChannels = 32;
+
 ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa) {
-  const ConvAlgorithm best = cheaper(pass, problem, isa);
-  if (!amx_takes(problem, isa)) return best;
+  ConvAlgorithm best = cheaper(pass, problem, isa);
   const int64_t lanes = lanes_of(problem, isa);
-  const double cost = best == ConvAlgorithm::direct
-                          ? direct_cost(pass, problem.layout, lanes)
-                          : outer_product_cost(pass, problem.layout, lanes, problem.batch);
-  return amx_cost(pass, problem) < cost ? ConvAlgorithm::amx : best;
+  double cost = best == ConvAlgorithm::direct
+                    ? direct_cost(pass, problem.layout, lanes)
+                    : outer_product_cost(pass, problem.layout, lanes, problem.batch);
+  if (winograd_applies(problem) && problem.in_channels >= kWinogradChannels &&
+      problem.out_channels >= kWinogradChannels) {
+    const double winograd = winograd_cost(pass, lanes, std::max<int64_t>(1, problem.batch));
+    if (winograd < cost) {
+      best = ConvAlgorithm::winograd;
+      cost = winograd;
+    }
+  }
+  if (amx_takes(problem, isa) && amx_cost(pass, problem) < cost) best = ConvAlgorithm::amx;
+  return best;
 }
 
 // Elements of the panels of a group's weights.
@@ -257,7 +279,28 @@ Conv2dPlan plan_amx_weight_gradient(const Conv2dProblem& problem, Isa isa, int t
   return plan;
 }
 
+// A pass to `to` channels of rows x columns results.
+Conv2dPlan plan_winograd(const Conv2dProblem& problem, Isa isa, int threads, int64_t from,
+                         int64_t to, int64_t rows, int64_t columns) {
+  Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::winograd, isa, threads, 0, to, 1);
+  plan.images_per_chunk = problem.batch;
+  plan.rows_per_task = winograd_tiles_per_task(
+      from, to, problem.batch * ceil_div(rows, 2) * ceil_div(columns, 2), plan.threads);
+  const int64_t lanes = lanes_of(problem, isa);
+  plan.workspace_bytes =
+      16 * 4 * (round_up(to, lanes) * from + plan.threads * plan.rows_per_task *
+                                                 (round_up(from, lanes) + round_up(to, lanes)));
+  return plan;
+}
+
 }  // namespace
+
+bool winograd_applies(const Conv2dProblem& problem) {
+  return problem.dtype == DType::float32 && problem.layout == Layout::nhwc &&
+         problem.groups == 1 && problem.kernel_height == 3 && problem.kernel_width == 3 &&
+         problem.stride_h == 1 && problem.stride_w == 1 && problem.dilation_h == 1 &&
+         problem.dilation_w == 1;
+}
 
 bool amx_applies(const Conv2dProblem& problem, Isa isa) { return amx_takes(problem, isa); }
 
@@ -271,6 +314,10 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.out_height,
                           depthwise_forward_passes(problem), problem.in_height);
+  }
+  if (algorithm == ConvAlgorithm::winograd) {
+    return plan_winograd(problem, isa, threads, problem.in_channels, problem.out_channels,
+                         problem.out_height, problem.out_width);
   }
   if (algorithm == ConvAlgorithm::amx) {
     return plan_amx(problem, isa, threads, forward_grid(problem),
@@ -306,6 +353,10 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.in_height,
                           depthwise_gradient_passes(problem), problem.out_height);
+  }
+  if (algorithm == ConvAlgorithm::winograd) {
+    return plan_winograd(problem, isa, threads, problem.out_channels, problem.in_channels,
+                         problem.in_height, problem.in_width);
   }
   if (algorithm == ConvAlgorithm::amx) {
     return plan_amx(problem, isa, threads, gradient_grid(problem),
@@ -461,9 +512,9 @@ PlaneSource plane_source(Layout layout, int64_t channels, int64_t height, int64_
 
 namespace {
 
-// The plan for operands that are not finite, which have no parts.
+// The plan for what is not finite, which has no parts, and which Winograd's sums spread.
 template <class Plan>
-Conv2dPlan plan_without_parts(const Conv2dProblem& problem, const Conv2dPlan& plan,
+Conv2dPlan plan_not_finite(const Conv2dProblem& problem, const Conv2dPlan& plan,
                               Plan&& plan_pass) {
   return plan_pass(problem, ConvAlgorithm::outer_product, plan.isa, plan.threads);
 }
@@ -472,9 +523,11 @@ Conv2dPlan plan_without_parts(const Conv2dProblem& problem, const Conv2dPlan& pl
 
 void conv2d_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                     const void* input, const void* weight, const void* bias, void* output) {
-  if (plan.algorithm == ConvAlgorithm::amx) {
-    if (conv2d_amx_forward(problem, plan, pool, input, weight, bias, output)) return;
-    conv2d_forward(problem, plan_without_parts(problem, plan, plan_forward), pool, input, weight,
+  if (plan.algorithm == ConvAlgorithm::amx || plan.algorithm == ConvAlgorithm::winograd) {
+    const auto run =
+        plan.algorithm == ConvAlgorithm::amx ? conv2d_amx_forward : conv2d_winograd_forward;
+    if (run(problem, plan, pool, input, weight, bias, output)) return;
+    conv2d_forward(problem, plan_not_finite(problem, plan, plan_forward), pool, input, weight,
                    bias, output);
     return;
   }
@@ -492,9 +545,11 @@ void conv2d_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
                               nullptr);
     return;
   }
-  if (plan.algorithm == ConvAlgorithm::amx) {
-    if (conv2d_amx_input_gradient(problem, plan, pool, grad_output, weight, grad_input)) return;
-    conv2d_input_gradient(problem, plan_without_parts(problem, plan, plan_input_gradient), pool,
+  if (plan.algorithm == ConvAlgorithm::amx || plan.algorithm == ConvAlgorithm::winograd) {
+    const auto run = plan.algorithm == ConvAlgorithm::amx ? conv2d_amx_input_gradient
+                                                          : conv2d_winograd_input_gradient;
+    if (run(problem, plan, pool, grad_output, weight, grad_input)) return;
+    conv2d_input_gradient(problem, plan_not_finite(problem, plan, plan_input_gradient), pool,
                           grad_output, weight, grad_input);
     return;
   }
@@ -513,7 +568,7 @@ void conv2d_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan
   }
   if (plan.algorithm == ConvAlgorithm::amx) {
     if (conv2d_amx_weight_gradient(problem, plan, pool, grad_output, input, grad_weight)) return;
-    conv2d_weight_gradient(problem, plan_without_parts(problem, plan, plan_weight_gradient), pool,
+    conv2d_weight_gradient(problem, plan_not_finite(problem, plan, plan_weight_gradient), pool,
                            grad_output, input, grad_weight);
     return;
   }

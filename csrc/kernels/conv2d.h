@@ -42,6 +42,7 @@ enum class ConvAlgorithm : uint8_t {
   direct,         // vectors along the rows: conv2d_direct.inl, conv2d_weight_gradient.inl
   outer_product,  // vectors along the channels: conv2d_outer_product.inl
   depthwise,      // a channel a group: conv2d_depthwise.inl
+  winograd,       // 3x3 kernels with fewer products: conv2d_winograd.inl
   amx,            // products of bfloat16 parts on matrix tiles: conv2d_amx.inl
 };
 
@@ -51,6 +52,8 @@ inline const char* algorithm_name(ConvAlgorithm algorithm) {
       return "direct";
     case ConvAlgorithm::outer_product:
       return "outer product";
+    case ConvAlgorithm::winograd:
+      return "winograd";
     case ConvAlgorithm::amx:
       return "amx";
     default:
@@ -73,7 +76,7 @@ struct Conv2dPlan {
   int vector_lanes;
   int threads;               // 1: the call stays on its own thread
   int64_t images_per_chunk;  // images packed at a time
-  int64_t rows_per_task;     // output rows in one task
+  int64_t rows_per_task;     // output rows in one task; winograd: tiles of 2x2 outputs
   int64_t channels_per_task;
   int parts;  // amx: bfloat16 of which an element is the sum
   AmxOrder amx_order;
@@ -89,6 +92,9 @@ Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, in
 // Whether the depthwise kernels take a problem: one channel a group, and, in
 // NHWC, at least a vector of them.
 bool depthwise_applies(const Conv2dProblem& problem, Isa isa);
+
+// Whether Winograd's algorithm takes the forward pass and the input gradient.
+bool winograd_applies(const Conv2dProblem& problem);
 
 // Whether matrix tiles take a problem.
 bool amx_applies(const Conv2dProblem& problem, Isa isa);

@@ -85,7 +85,8 @@ struct GradientMemory {
 };
 
 constexpr ConvAlgorithm kAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product,
-                                         ConvAlgorithm::depthwise, ConvAlgorithm::amx};
+                                         ConvAlgorithm::depthwise, ConvAlgorithm::winograd,
+                                         ConvAlgorithm::amx};
 constexpr ConvAlgorithm kBlockAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product};
 
 bool reads_border(const Conv2dProblem& p) {
@@ -142,6 +143,7 @@ void check_conv2d(Random& random) {
         describe(p) + ", " + algorithm_name(algorithm), [&](Isa isa, const ThreadPool& pool) {
           if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
           if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
+          if (algorithm == ConvAlgorithm::winograd && !winograd_applies(p)) return;
           const Memory out(element, tensors.output_shape, tensors.output_strides);
           conv2d_forward(p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
                          pool, input.data(), weight.data(), bias_data, out.data());
@@ -153,6 +155,7 @@ void check_conv2d(Random& random) {
                 p, cut_at_random(random, p, plan_input_gradient(p, algorithm, isa, pool.threads)),
                 pool, grad_out.data(), weight.data(), to.input_data());
           }
+          if (algorithm == ConvAlgorithm::winograd) to.wants_weight = false;
           if (to.wants_weight) {
             conv2d_weight_gradient(
                 p, cut_at_random(random, p, plan_weight_gradient(p, algorithm, isa, pool.threads)),

@@ -24,11 +24,6 @@ CNNK_INLINE Words next_part(Vec<float>& v) {
 template <class T, int Parts>
 constexpr bool kRoundsLast = std::is_same_v<T, float> && Parts < 3;
 
-// Becomes NaN where a value is not finite.
-CNNK_INLINE void mark(Vec<float>& marks, Vec<float> v) { marks += v * 0.0f; }
-
-CNNK_INLINE bool all_finite(Vec<float> marks) { return sum_lanes<float>(marks) == 0.0f; }
-
 // The 32 values of a and then b: `to`[part * part_step + i].
 template <class T, int Parts>
 CNNK_INLINE void store_parts(Vec<float> a, Vec<float> b, uint16_t* to, int64_t part_step) {

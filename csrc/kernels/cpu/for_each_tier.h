@@ -12,6 +12,7 @@
 // AVX2 instructions, so that a machine without AVX-512 runs them too.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <type_traits>

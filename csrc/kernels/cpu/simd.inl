@@ -78,6 +78,11 @@ CNNK_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
+// Becomes NaN where a value is not finite.
+CNNK_INLINE void mark(Vec<float>& marks, Vec<float> v) { marks += v * 0.0f; }
+
+CNNK_INLINE bool all_finite(Vec<float> marks) { return sum_lanes<float>(marks) == 0.0f; }
+
 // Conversions between storage and accumulator, a vector of accumulators at a
 // time.
 

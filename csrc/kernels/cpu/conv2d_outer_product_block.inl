@@ -1,0 +1,136 @@
+// Blocks of pixels by outer products: the loop over register tiles, and their stores.
+
+#include "kernels/cpu/outer_product_pass.inl"
+
+// Where the results of the tiles go.
+template <class A>
+struct ChannelsOut {
+  DType dtype;
+  void* data;
+  int64_t channel_step;
+  int64_t channels;
+  const A* bias;  // of the first channel, or null
+};
+
+// Some output pixels, rows by columns, of one image and group.
+template <class A>
+struct PixelBlock {
+  int64_t rows, columns;
+  const A* source;  // of the first pixel's first step
+  int64_t source_row, source_column;
+  int64_t out_at, out_row, out_column;
+};
+
+// Channels of P pixels that follow one another in memory, plane by plane.
+template <class A, int KV, int P>
+CNNK_INLINE void store_planes(const ChannelsOut<A>& out, int64_t at, int64_t k,
+                              const Vec<A> (&total)[P][KV]) {
+  constexpr int lanes = kLanes<A>;
+#pragma GCC unroll 4
+  for (int v = 0; v < KV; ++v) {
+    const int64_t count = std::min<int64_t>(lanes, out.channels - k - v * lanes);
+    A* const to = static_cast<A*>(out.data) + at + (k + v * lanes) * out.channel_step;
+#pragma GCC unroll 4
+    for (int p0 = 0; p0 < P; p0 += lanes) {
+      constexpr int whole = P < lanes ? P : lanes;
+      const int pixels = std::min(whole, P - p0);
+      Vec<A> rows[lanes];
+#pragma GCC unroll 16
+      for (int p = 0; p < lanes; ++p) rows[p] = p0 + p < P ? total[p0 + p][v] : Vec<A>{};
+      transpose<A>(rows);
+      for (int64_t i = 0; i < count; ++i) {
+        // Sizes known when compiled become plain stores.
+        if (pixels == whole) {
+          __builtin_memcpy(to + i * out.channel_step + p0, &rows[i], whole * sizeof(A));
+        } else {
+          __builtin_memcpy(to + i * out.channel_step + p0, &rows[i],
+                           (P % lanes == 0 ? lanes : P % lanes) * sizeof(A));
+        }
+      }
+    }
+  }
+}
+
+template <class A, int KV>
+__attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& steps,
+                                                    const ChannelsOut<A>& out,
+                                                    const PixelBlock<A>& block, int64_t v) {
+  constexpr int P = kTilePixels<KV>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t count = block.rows * block.columns;
+  const bool plain = std::is_same_v<A, double> || out.dtype == DType::float32;
+  const bool planes = plain && out.channel_step != 1 && block.out_column == 1 &&
+                      (block.rows == 1 || block.out_row == block.columns) && count >= P;
+  int64_t y = 0, x = 0;  // of the first pixel
+  for (int64_t i = 0; i < count; i += P) {
+    // The last tile is moved back to end with the block; where there are fewer
+    // pixels than a tile has, the last is computed several times.
+    const int64_t start = std::max<int64_t>(0, std::min(i, count - P));
+    if (start != i) {
+      y = start / block.columns;
+      x = start % block.columns;
+    }
+    const A* source[P];
+    int64_t at[P];
+    if (x + P <= block.columns) {
+      const A* const first = block.source + y * block.source_row + x * block.source_column;
+      const int64_t first_at = block.out_at + y * block.out_row + x * block.out_column;
+      for (int p = 0; p < P; ++p) {
+        source[p] = first + p * block.source_column;
+        at[p] = first_at + p * block.out_column;
+      }
+      x += P;
+    } else {
+      for (int p = 0; p < P; ++p) {
+        if (x == block.columns && start + p < count) {
+          x = 0;
+          ++y;
+        }
+        const int64_t column = std::min(x, block.columns - 1);
+        source[p] = block.source + y * block.source_row + column * block.source_column;
+        at[p] = block.out_at + y * block.out_row + column * block.out_column;
+        ++x;
+      }
+    }
+    if (x >= block.columns) {
+      x = 0;
+      ++y;
+    }
+    Vec<A> total[P][KV];
+    outer_product_tile(source, steps, v, total);
+    const int64_t k = v * lanes;
+    if (out.bias != nullptr) {
+      for (int w = 0; w < KV; ++w) {
+        const int64_t channels = std::min(lanes, out.channels - k - w * lanes);
+        const A* const from = out.bias + k + w * lanes;
+        const Vec<A> bias = channels == lanes ? load(from) : load_first(from, channels, A{0});
+        for (int p = 0; p < P; ++p) total[p][w] += bias;
+      }
+    }
+    if (planes) {
+      store_planes(out, at[0], k, total);
+      continue;
+    }
+    for (int w = 0; w < KV; ++w) {
+      const int64_t channels = std::min(lanes, out.channels - k - w * lanes);
+      for (int p = 0; p < P; ++p) {
+        store_out<A>(out.dtype, out.data, at[p] + (k + w * lanes) * out.channel_step, total[p][w],
+                     channels, out.channel_step);
+      }
+    }
+  }
+}
+
+template <class A>
+void outer_product_block(const OuterProductSteps<A>& steps, const ChannelsOut<A>& out,
+                         PixelBlock<A> block) {
+  // Rows that follow one another without a gap are one.
+  if (block.source_row == block.columns * block.source_column &&
+      block.out_row == block.columns * block.out_column) {
+    block.columns *= block.rows;
+    block.rows = 1;
+  }
+  for_each_vector_tile(ceil_div(out.channels, kLanes<A>), [&](int64_t v, auto vectors) {
+    outer_product_pixels<A, decltype(vectors)::value>(steps, out, block, v);
+  });
+}
