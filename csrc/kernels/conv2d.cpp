@@ -91,7 +91,8 @@ double outer_product_cost(const Pass& pass, Layout layout, int64_t lanes, int64_
   const double store = layout == Layout::nchw ? 6 : pass.channels % lanes == 0 ? 3 : 12;
   const double panels =
       2.0 * static_cast<double>(pass.steps() * vectors * lanes) / static_cast<double>(batch);
-  return pixels * static_cast<double>(vectors) * (0.62 * static_cast<double>(pass.steps()) + store) +
+  return pixels * static_cast<double>(vectors) *
+             (0.62 * static_cast<double>(pass.steps()) + store) +
          panels;
 }
 
@@ -288,18 +289,18 @@ Conv2dPlan plan_winograd(const Conv2dProblem& problem, Isa isa, int threads, int
       from, to, problem.batch * ceil_div(rows, 2) * ceil_div(columns, 2), plan.threads);
   const int64_t lanes = lanes_of(problem, isa);
   plan.workspace_bytes =
-      16 * 4 * (round_up(to, lanes) * from + plan.threads * plan.rows_per_task *
-                                                 (round_up(from, lanes) + round_up(to, lanes)));
+      16 * 4 *
+      (round_up(to, lanes) * from +
+       plan.threads * plan.rows_per_task * (round_up(from, lanes) + round_up(to, lanes)));
   return plan;
 }
 
 }  // namespace
 
 bool winograd_applies(const Conv2dProblem& problem) {
-  return problem.dtype == DType::float32 && problem.layout == Layout::nhwc &&
-         problem.groups == 1 && problem.kernel_height == 3 && problem.kernel_width == 3 &&
-         problem.stride_h == 1 && problem.stride_w == 1 && problem.dilation_h == 1 &&
-         problem.dilation_w == 1;
+  return problem.dtype == DType::float32 && problem.layout == Layout::nhwc && problem.groups == 1 &&
+         problem.kernel_height == 3 && problem.kernel_width == 3 && problem.stride_h == 1 &&
+         problem.stride_w == 1 && problem.dilation_h == 1 && problem.dilation_w == 1;
 }
 
 bool amx_applies(const Conv2dProblem& problem, Isa isa) { return amx_takes(problem, isa); }
@@ -426,8 +427,7 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
   }
   const Pass pass = {problem.in_channels / problem.groups,
                      problem.kernel_height * problem.kernel_width,
-                     problem.out_channels / problem.groups, problem.out_height,
-                     problem.out_width};
+                     problem.out_channels / problem.groups, problem.out_height, problem.out_width};
   return plan_forward(problem, cheapest(pass, problem, isa), isa, threads);
 }
 
@@ -514,8 +514,7 @@ namespace {
 
 // The plan for what is not finite, which has no parts, and which Winograd's sums spread.
 template <class Plan>
-Conv2dPlan plan_not_finite(const Conv2dProblem& problem, const Conv2dPlan& plan,
-                              Plan&& plan_pass) {
+Conv2dPlan plan_not_finite(const Conv2dProblem& problem, const Conv2dPlan& plan, Plan&& plan_pass) {
   return plan_pass(problem, ConvAlgorithm::outer_product, plan.isa, plan.threads);
 }
 
@@ -527,8 +526,8 @@ void conv2d_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
     const auto run =
         plan.algorithm == ConvAlgorithm::amx ? conv2d_amx_forward : conv2d_winograd_forward;
     if (run(problem, plan, pool, input, weight, bias, output)) return;
-    conv2d_forward(problem, plan_not_finite(problem, plan, plan_forward), pool, input, weight,
-                   bias, output);
+    conv2d_forward(problem, plan_not_finite(problem, plan, plan_forward), pool, input, weight, bias,
+                   output);
     return;
   }
   const auto run = plan.algorithm == ConvAlgorithm::direct          ? conv2d_direct_forward

@@ -31,6 +31,18 @@ void random_conv2d_axis(Random& random, bool large_kernel, int64_t in, int64_t& 
   out = room < 0 ? 0 : room / stride + 1;
 }
 
+// Few random problems have a 3x3 kernel and all else that Winograd's algorithm wants.
+void make_winograd(Random& random, Conv2dProblem& p) {
+  p.dtype = DType::float32;
+  p.layout = Layout::nhwc;
+  p.groups = p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+  p.kernel_height = p.kernel_width = 3;
+  p.pad_top = random.between(0, 3);
+  p.pad_left = random.between(0, 3);
+  p.out_height = p.in_height + p.pad_top + random.between(0, 3) - 2;
+  p.out_width = p.in_width + p.pad_left + random.between(0, 3) - 2;
+}
+
 Conv2dProblem draw_conv2d(Random& random) {
   Conv2dProblem p = {};
   p.dtype = random_dtype(random);
@@ -73,8 +85,9 @@ Conv2dProblem draw_conv2d(Random& random) {
                      p.pad_top, p.dilation_h);
   random_conv2d_axis(random, large_kernel, p.in_width, p.out_width, p.kernel_width, p.stride_w,
                      p.pad_left, p.dilation_w);
-  const Dims strides =
-      random_strides(random, {p.out_channels, group_in, p.kernel_height, p.kernel_width});
+  if (random.chance(10) && p.in_height > 2 && p.in_width > 2) make_winograd(random, p);
+  const Dims strides = random_strides(
+      random, {p.out_channels, p.in_channels / p.groups, p.kernel_height, p.kernel_width});
   p.weight_stride_k = strides[0];
   p.weight_stride_c = strides[1];
   p.weight_stride_r = strides[2];

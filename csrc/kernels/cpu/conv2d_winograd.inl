@@ -38,8 +38,8 @@ CNNK_INLINE void transform_patch(const WinogradSource& source, const float* imag
   for (int64_t i = 0; i < kPatch; ++i) {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kPatch; ++j) {
-      const bool inside = Inside || (y + i >= 0 && y + i < source.height && x + j >= 0 &&
-                                     x + j < source.width);
+      const bool inside =
+          Inside || (y + i >= 0 && y + i < source.height && x + j >= 0 && x + j < source.width);
       const float* const from = image + ((y + i) * source.width + x + j) * source.channels + c;
       d[i][j] = !inside                  ? Vec<float>{}
                 : count == kLanes<float> ? load(from)
@@ -56,20 +56,10 @@ CNNK_INLINE void transform_patch(const WinogradSource& source, const float* imag
   }
 }
 
-// A vector of transformed kernels: panels[position], `position_step` apart.
-CNNK_INLINE void transform_kernel(const WinogradWeights& weights, int64_t c, int64_t k,
-                                  int64_t count, float* to, int64_t position_step) {
-  Vec<float> g[3][3];
-  for (int64_t r = 0; r < 3; ++r) {
-    for (int64_t s = 0; s < 3; ++s) {
-      const float* const from = weights.data + c * weights.from_step + k * weights.to_step +
-                                r * weights.row_step + s * weights.column_step;
-      float lanes[kLanes<float>] = {};
-      for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * weights.to_step];
-      g[r][s] = load(lanes);
-    }
-  }
+// G g G^T of a vector of kernels, in place of which 16 vectors are stored.
+CNNK_INLINE void transform_kernel(const Vec<float> (&g)[3][3], float* to, int64_t position_step) {
   Vec<float> t[kPatch][3];
+#pragma GCC unroll 3
   for (int64_t s = 0; s < 3; ++s) {
     const Vec<float> outer = 0.5f * (g[0][s] + g[2][s]), inner = 0.5f * g[1][s];
     t[0][s] = g[0][s];
@@ -77,6 +67,7 @@ CNNK_INLINE void transform_kernel(const WinogradWeights& weights, int64_t c, int
     t[2][s] = outer - inner;
     t[3][s] = g[2][s];
   }
+#pragma GCC unroll 4
   for (int64_t i = 0; i < kPatch; ++i) {
     const Vec<float> outer = 0.5f * (t[i][0] + t[i][2]), inner = 0.5f * t[i][1];
     float* const row = to + i * kPatch * position_step;
@@ -84,6 +75,56 @@ CNNK_INLINE void transform_kernel(const WinogradWeights& weights, int64_t c, int
     store(row + position_step, outer + inner);
     store(row + 2 * position_step, outer - inner);
     store(row + 3 * position_step, t[i][2]);
+  }
+}
+
+// `count` kernels that are `step` apart.
+CNNK_INLINE void load_kernels(const float* from, const WinogradWeights& weights, int64_t step,
+                              int64_t count, Vec<float> (&g)[3][3]) {
+  for (int64_t r = 0; r < 3; ++r) {
+    for (int64_t s = 0; s < 3; ++s) {
+      const float* const tap = from + r * weights.row_step + s * weights.column_step;
+      if (step == 1) {
+        g[r][s] = count == kLanes<float> ? load(tap) : load_head(tap, count);
+        continue;
+      }
+      float lanes[kLanes<float>] = {};
+      for (int64_t i = 0; i < count; ++i) lanes[i] = tap[i * step];
+      g[r][s] = load(lanes);
+    }
+  }
+}
+
+// All kernels of a vector of result channels from k on: panel[c][lane] a position.
+// Where the source channels lie together, squares are transformed along them and then
+// transposed.
+inline void transform_kernels(const WinogradWeights& weights, int64_t from, int64_t k,
+                              int64_t count, float* panel, int64_t position_step) {
+  constexpr int64_t lanes = kLanes<float>;
+  const float* const first = weights.data + k * weights.to_step;
+  Vec<float> g[3][3];
+  if (weights.from_step != 1 || weights.to_step == 1) {
+    for (int64_t c = 0; c < from; ++c) {
+      load_kernels(first + c * weights.from_step, weights, weights.to_step, count, g);
+      transform_kernel(g, panel + c * lanes, position_step);
+    }
+    return;
+  }
+  alignas(64) float squares[kPositions][lanes][lanes] = {};
+  for (int64_t c = 0; c < from; c += lanes) {
+    const int64_t depth = std::min(lanes, from - c);
+    for (int64_t i = 0; i < count; ++i) {
+      load_kernels(first + i * weights.to_step + c, weights, 1, depth, g);
+      transform_kernel(g, squares[0][i], lanes * lanes);
+    }
+    for (int64_t position = 0; position < kPositions; ++position) {
+      Vec<float> rows[lanes];
+      for (int64_t i = 0; i < lanes; ++i) rows[i] = load(squares[position][i]);
+      transpose<float>(rows);
+      for (int64_t i = 0; i < depth; ++i) {
+        store(panel + position * position_step + (c + i) * lanes, rows[i]);
+      }
+    }
   }
 }
 
@@ -136,10 +177,8 @@ inline bool winograd_pass(const Conv2dPlan& plan, const ThreadPool& pool, int64_
   float* const panels = panel_workspace.as<float>();
   parallel_for(pool, padded_to / lanes, serial, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
-      for (int64_t c = 0; c < from; ++c) {
-        transform_kernel(weights, c, v * lanes, std::min(lanes, to - v * lanes),
-                         panels + (v * from + c) * lanes, padded_to * from);
-      }
+      transform_kernels(weights, from, v * lanes, std::min(lanes, to - v * lanes),
+                        panels + v * from * lanes, padded_to * from);
     }
   });
 
@@ -190,7 +229,7 @@ inline bool winograd_pass(const Conv2dPlan& plan, const ThreadPool& pool, int64_
       each_tile([&](int64_t i, int64_t n, int64_t y, int64_t x) {
         float* const image = destination.data + n * destination.height * destination.width * to;
         for (int64_t k = 0; k < to; k += lanes) {
-          const Vec<float> added = bias == nullptr     ? Vec<float>{}
+          const Vec<float> added = bias == nullptr   ? Vec<float>{}
                                    : to - k >= lanes ? load(bias + k)
                                                      : load_head(bias + k, to - k);
           transform_products(products + i * padded_to + k, task_tiles * padded_to, added,
