@@ -217,7 +217,8 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
   const int64_t positions = grid.positions(problem.batch, grid.rows.count);
   const int64_t range = round_up(ceil_div(to, plan.threads), kAmxBlock);
   const int64_t sums_bytes = 4 * positions * grid.destinations() * range;
-  if (problem.groups == 1 && weight_bytes > kAmxFewWeightBytes && sums_bytes <= kAmxChunkBytes) {
+  if (problem.groups == 1 && weight_bytes > kAmxFewWeightBytes &&
+      weight_bytes > positions * position_bytes && sums_bytes <= kAmxChunkBytes) {
     plan.amx_order = AmxOrder::few_pixels;
     plan.images_per_chunk = problem.batch;
     plan.rows_per_task = grid.rows.count;
