@@ -88,10 +88,14 @@ GridChunk grid_chunk(const Grid& grid, int64_t batch, int64_t position_bytes, in
 }
 
 int64_t amx_gradient_slices(const Conv2dProblem& problem, int64_t chunks) {
-  constexpr int64_t kMostSlices = 16, kMostElements = 2 * 1024 * 1024;
-  const int64_t elements = problem.out_channels * (problem.in_channels / problem.groups) *
-                           problem.kernel_height * problem.kernel_width;
-  return std::clamp<int64_t>(std::min(chunks, kMostElements / elements), 1, kMostSlices);
+  constexpr int64_t kTasks = 16, kMostElements = 4 * 1024 * 1024;
+  const int64_t group_in = problem.in_channels / problem.groups;
+  const int64_t elements =
+      problem.out_channels * group_in * problem.kernel_height * problem.kernel_width;
+  const int64_t ranges = problem.groups * ceil_div(group_in, kAmxBlock);
+  const int64_t wanted = std::max<int64_t>(2, ceil_div(kTasks, ranges));
+  return std::clamp<int64_t>(std::min(wanted, kMostElements / elements), 1,
+                             std::max<int64_t>(1, chunks));
 }
 
 // Calls the function `name` for the problem's number of parts.

@@ -71,8 +71,10 @@ struct GridChunk {
 GridChunk grid_chunk(const Grid& grid, int64_t batch, int64_t position_bytes, int64_t bytes,
                      int threads);
 
-// The weight gradient sums so many slices of the chunks on their own: as many as keep
-// sixteen threads busy, if their totals are not too much memory.
+// The weight gradient sums so many slices of the chunks on their own: as many as, with
+// ranges of input channels, keep sixteen threads busy, if their totals are not too much
+// memory. A range packs all of the output's gradient again, so that there are two
+// slices at least.
 int64_t amx_gradient_slices(const Conv2dProblem& problem, int64_t chunks);
 
 // These return false, with undefined results, if an operand is infinite or NaN and
