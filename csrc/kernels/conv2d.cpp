@@ -197,7 +197,10 @@ Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, in
 constexpr int64_t kAmxChunkBytes = 1024 * 1024;
 // Packed weights of which more does not stay in a second-level cache.
 constexpr int64_t kAmxFewWeightBytes = 2 * 1024 * 1024;
-constexpr int64_t kAmxGradientBytes = 1536 * 1024;
+// The weight gradient wants positions enough for its sums, and reads most of a larger
+// chunk once.
+constexpr int64_t kAmxGradientBytes = 1536 * 1024, kAmxMostGradientBytes = 4096 * 1024;
+constexpr int64_t kAmxGradientPositions = 512;
 
 // A pass on matrix tiles from `from` channels a group to `to`.
 Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Grid& grid,

@@ -251,28 +251,36 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         product.rows_part = source_part;
         product.columns_part = kTileElements;
         product.columns_tile = gradient_tile;
-        for (int64_t c = c_begin; c < c_end; c += kBlock) {
-          for (int64_t k = 0; k < group_out; k += kBlock) {
-            product.columns = gradients + k / 16 * gradient_tile;
-            float* const block_totals =
-                task_totals + (c / kBlock * out_blocks + k / kBlock) * taps * kTapStep;
-            // All taps of some pixels, which then lie in the cache.
-            for (int64_t step = 0; step < product.count; step += kStepsPerSum) {
-              const int64_t last = std::min(product.count, step + kStepsPerSum);
-              float* tap_totals = block_totals;
-              for (const GridTap& r : row_taps) {
-                for (const GridTap& s : column_taps) {
-                  const int64_t residue =
-                      static_cast<int64_t>(r.residue * grid.columns.residues.size() + s.residue);
-                  product.rows = planes + residue * planes_step + (c - c_begin) * plane +
-                                 r.cell * pitch + s.cell;
-                  multiply_block<Parts>(product, step, last, std::min(kBlock, c_end - c),
-                                        std::min(kBlock, group_out - k),
-                                        chunk > chunk_begin || step > 0, nothing, tap_totals);
-                  tap_totals += kTapStep;
-                }
+        const auto multiply = [&](int64_t c, int64_t k) {
+          product.columns = gradients + k / 16 * gradient_tile;
+          float* const block_totals =
+              task_totals + (c / kBlock * out_blocks + k / kBlock) * taps * kTapStep;
+          // All taps of some pixels, which then lie in the cache.
+          for (int64_t step = 0; step < product.count; step += kStepsPerSum) {
+            const int64_t last = std::min(product.count, step + kStepsPerSum);
+            float* tap_totals = block_totals;
+            for (const GridTap& r : row_taps) {
+              for (const GridTap& s : column_taps) {
+                const int64_t residue =
+                    static_cast<int64_t>(r.residue * grid.columns.residues.size() + s.residue);
+                product.rows = planes + residue * planes_step + (c - c_begin) * plane +
+                               r.cell * pitch + s.cell;
+                multiply_block<Parts>(product, step, last, std::min(kBlock, c_end - c),
+                                      std::min(kBlock, group_out - k),
+                                      chunk > chunk_begin || step > 0, nothing, tap_totals);
+                tap_totals += kTapStep;
               }
             }
+          }
+        };
+        // The smaller side stays in the cache for each block of the larger.
+        if (c_end - c_begin > group_out) {
+          for (int64_t c = c_begin; c < c_end; c += kBlock) {
+            for (int64_t k = 0; k < group_out; k += kBlock) multiply(c, k);
+          }
+        } else {
+          for (int64_t k = 0; k < group_out; k += kBlock) {
+            for (int64_t c = c_begin; c < c_end; c += kBlock) multiply(c, k);
           }
         }
       }
