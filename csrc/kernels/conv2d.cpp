@@ -131,13 +131,16 @@ bool amx_takes(const Conv2dProblem& problem, Isa isa) {
 }
 
 // The same for Winograd's algorithm: 16 products a tile of 2x2, and its transforms.
-double winograd_cost(const Pass& pass, int64_t lanes, int64_t batch) {
+double winograd_cost(const Pass& pass, const Conv2dProblem& problem, int64_t lanes) {
   const double tiles = static_cast<double>(ceil_div(pass.rows, 2) * ceil_div(pass.columns, 2));
   const double from = static_cast<double>(ceil_div(pass.from, lanes));
   const double to = static_cast<double>(ceil_div(pass.channels, lanes));
   const double products = 16 * 0.62 * static_cast<double>(pass.from) * to;
-  const double weights = 60 * static_cast<double>(pass.from) * to / static_cast<double>(batch);
-  return tiles * (products + 50 * from + 80 * to) + weights;
+  const double weights = 60 * static_cast<double>(pass.from) * to /
+                         static_cast<double>(std::max<int64_t>(1, problem.batch));
+  // Through a window each vector is read and written once more.
+  const double window = problem.dtype == DType::float32 && problem.layout == Layout::nhwc ? 0 : 1;
+  return tiles * (products + (50 + 40 * window) * from + (80 + 40 * window) * to) + weights;
 }
 
 // With few channels the transforms cost more than they save, and their error shows.
@@ -151,7 +154,7 @@ ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa) 
                     : outer_product_cost(pass, problem.layout, lanes, problem.batch);
   if (winograd_applies(problem) && problem.in_channels >= kWinogradChannels &&
       problem.out_channels >= kWinogradChannels) {
-    const double winograd = winograd_cost(pass, lanes, std::max<int64_t>(1, problem.batch));
+    const double winograd = winograd_cost(pass, problem, lanes);
     if (winograd < cost) {
       best = ConvAlgorithm::winograd;
       cost = winograd;
@@ -302,9 +305,9 @@ Conv2dPlan plan_winograd(const Conv2dProblem& problem, Isa isa, int threads, int
 }  // namespace
 
 bool winograd_applies(const Conv2dProblem& problem) {
-  return problem.dtype == DType::float32 && problem.layout == Layout::nhwc && problem.groups == 1 &&
-         problem.kernel_height == 3 && problem.kernel_width == 3 && problem.stride_h == 1 &&
-         problem.stride_w == 1 && problem.dilation_h == 1 && problem.dilation_w == 1;
+  return problem.dtype != DType::float64 && problem.groups == 1 && problem.kernel_height == 3 &&
+         problem.kernel_width == 3 && problem.stride_h == 1 && problem.stride_w == 1 &&
+         problem.dilation_h == 1 && problem.dilation_w == 1;
 }
 
 bool amx_applies(const Conv2dProblem& problem, Isa isa) { return amx_takes(problem, isa); }

@@ -33,8 +33,7 @@ void random_conv2d_axis(Random& random, bool large_kernel, int64_t in, int64_t& 
 
 // Few random problems have a 3x3 kernel and all else that Winograd's algorithm wants.
 void make_winograd(Random& random, Conv2dProblem& p) {
-  p.dtype = DType::float32;
-  p.layout = Layout::nhwc;
+  if (p.dtype == DType::float64) p.dtype = DType::float32;
   p.groups = p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
   p.kernel_height = p.kernel_width = 3;
   p.pad_top = random.between(0, 3);

@@ -22,13 +22,10 @@ bool conv2d_winograd_forward(const Conv2dProblem& p, const Conv2dPlan& plan, con
                              const void* input, const void* weight, const void* bias,
                              void* output) {
   return CNNK_TIER_FUNCTION(plan.isa, winograd_pass)(
-      plan, pool, p.batch,
-      {p.in_channels, p.in_height, p.in_width, static_cast<const float*>(input)},
-      {p.out_channels, p.out_height, p.out_width, static_cast<float*>(output)}, p.pad_top,
-      p.pad_left,
-      {static_cast<const float*>(weight), p.weight_stride_c, p.weight_stride_k, p.weight_stride_r,
-       p.weight_stride_s},
-      static_cast<const float*>(bias));
+      plan, pool, p.batch, {p.dtype, p.layout, p.in_channels, p.in_height, p.in_width}, input,
+      {p.dtype, p.layout, p.out_channels, p.out_height, p.out_width}, output, p.pad_top, p.pad_left,
+      {weight, 0, p.weight_stride_c, p.weight_stride_k, p.weight_stride_r, p.weight_stride_s},
+      bias);
 }
 
 bool conv2d_winograd_input_gradient(const Conv2dProblem& p, const Conv2dPlan& plan,
@@ -36,14 +33,12 @@ bool conv2d_winograd_input_gradient(const Conv2dProblem& p, const Conv2dPlan& pl
                                     const void* weight, void* grad_input) {
   // A convolution with the kernel turned around, whose border is what the forward
   // pass's left of the kernel.
-  const float* const last =
-      static_cast<const float*>(weight) + 2 * p.weight_stride_r + 2 * p.weight_stride_s;
   return CNNK_TIER_FUNCTION(plan.isa, winograd_pass)(
-      plan, pool, p.batch,
-      {p.out_channels, p.out_height, p.out_width, static_cast<const float*>(grad_output)},
-      {p.in_channels, p.in_height, p.in_width, static_cast<float*>(grad_input)}, 2 - p.pad_top,
-      2 - p.pad_left,
-      {last, p.weight_stride_k, p.weight_stride_c, -p.weight_stride_r, -p.weight_stride_s},
+      plan, pool, p.batch, {p.dtype, p.layout, p.out_channels, p.out_height, p.out_width},
+      grad_output, {p.dtype, p.layout, p.in_channels, p.in_height, p.in_width}, grad_input,
+      2 - p.pad_top, 2 - p.pad_left,
+      {weight, 2 * p.weight_stride_r + 2 * p.weight_stride_s, p.weight_stride_k, p.weight_stride_c,
+       -p.weight_stride_r, -p.weight_stride_s},
       nullptr);
 }
 

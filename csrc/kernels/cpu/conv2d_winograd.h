@@ -6,17 +6,17 @@
 
 namespace cnnkernels {
 
-struct WinogradSource {
+// One side of a pass. Images are dense in `layout`.
+struct WinogradImages {
+  DType dtype;
+  Layout layout;
   int64_t channels, height, width;
-  const float* data;
 };
-struct WinogradDestination {
-  int64_t channels, height, width;
-  float* data;
-};
-// Strides in elements; those of the kernel may be negative.
+// Strides in elements from element `at` of the weight; those of the kernel may be
+// negative.
 struct WinogradWeights {
-  const float* data;
+  const void* data;
+  int64_t at;
   int64_t from_step, to_step, row_step, column_step;
 };
 
