@@ -222,7 +222,13 @@ def test_long_sums_are_as_accurate_as_torch() -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     ("algorithm", "channels", "out_channels", "size"),
-    [("direct", 1, 4, 32), ("outer product", 32, 32, 9), ("outer product", 33, 47, 7)],
+    [
+        ("direct", 1, 4, 32),
+        ("outer product", 16, 32, 9),
+        ("outer product", 31, 47, 7),
+        ("winograd", 32, 32, 9),
+        ("winograd", 33, 47, 7),
+    ],
 )
 def test_plan_follows_the_shape(
     algorithm: str, channels: int, out_channels: int, size: int, memory_format: torch.memory_format

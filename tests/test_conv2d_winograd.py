@@ -39,20 +39,30 @@ def tier(request: pytest.FixtureRequest) -> Iterator[None]:
     _native.library.set_isa(chosen)
 
 
-def tensors(shape: tuple[int, int, int, int, int, int | tuple[int, int]]) -> list[Tensor]:
+def tensors(
+    shape: tuple[int, int, int, int, int, int | tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> list[Tensor]:
     batch, channels, height, width, out, _ = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        made = torch.randn(size, generator=generator)
-        return made.contiguous(memory_format=torch.channels_last) if len(size) == 4 else made
+        made = torch.randn(size, generator=generator).to(dtype)
+        return made.contiguous(memory_format=memory_format) if len(size) == 4 else made
 
     return [normal(batch, channels, height, width), normal(out, channels, 3, 3), normal(out)]
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy(shape: tuple[int, int, int, int, int, int | tuple[int, int]]) -> None:
-    arguments = tensors(shape)
+def test_accuracy(
+    shape: tuple[int, int, int, int, int, int | tuple[int, int]],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> None:
+    arguments = tensors(shape, dtype, memory_format)
     padding = shape[-1]
     assert explain(functional.conv2d, *arguments, padding=padding)["algorithm"] == "winograd"
     with runs_kernel("conv2d", "conv2d_backward"):

@@ -136,7 +136,7 @@ double winograd_cost(const Pass& pass, const Conv2dProblem& problem, int64_t lan
   const double from = static_cast<double>(ceil_div(pass.from, lanes));
   const double to = static_cast<double>(ceil_div(pass.channels, lanes));
   const double products = 16 * 0.62 * static_cast<double>(pass.from) * to;
-  const double weights = 60 * static_cast<double>(pass.from) * to /
+  const double weights = 200 * static_cast<double>(pass.from) * to /
                          static_cast<double>(std::max<int64_t>(1, problem.batch));
   // Through a window each vector is read and written once more.
   const double window = problem.dtype == DType::float32 && problem.layout == Layout::nhwc ? 0 : 1;
