@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 FORWARD = "forward"
@@ -24,13 +25,14 @@ class Options:
     """What the user asked for, as far as a suite needs to know it.
 
     ``batches`` is None for each suite's own default; ``shapes`` names the layer files of the
-    ``conv2d`` suite; ``quick`` keeps to the tutorial's rows.
+    ``conv2d`` suite, whose tensors are of ``dtype``; ``quick`` keeps to the tutorial's rows.
     """
 
     batches: tuple[int, ...] | None = None
     modes: tuple[str, ...] = (FORWARD, FORWARD_BACKWARD)
     shapes: tuple[str, ...] = ("tutorial",)
     quick: bool = False
+    dtype: torch.dtype = torch.float32
     seed: int = 0
 
 

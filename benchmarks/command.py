@@ -28,6 +28,12 @@ _SAMPLES = 50
 _QUICK_SAMPLES = 15
 _QUICK_SAMPLE_SECONDS = 2e-4
 _QUICK_BUDGET_SECONDS = 0.5
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"samples of each row (default: {_SAMPLES}, or {_QUICK_SAMPLES} when quick)",
     )
     add("--seed", type=int, default=0, metavar="N", help="seed of the random data (default: 0)")
+    add(
+        "--dtype",
+        choices=list(_DTYPES),
+        default="float32",
+        help="of the conv2d suite's tensors (default: float32)",
+    )
+    add(
+        "--precision",
+        choices=["highest", "high", "medium"],
+        default=None,
+        help="torch's float32 matmul precision, for both sides (default: torch's)",
+    )
     add("--forward-only", action="store_true", help="leave out the forward+backward rows")
     add("--json", type=Path, metavar="FILE", help="write the rows, unrounded, to FILE")
     add("--png", type=Path, metavar="FILE", help="draw the ratios to FILE (needs matplotlib)")
@@ -95,8 +113,13 @@ def run(args: argparse.Namespace) -> int:
         shapes=tuple(args.shapes),
         quick=args.quick,
         seed=args.seed,
+        dtype=_DTYPES[args.dtype],
     )
+    if args.precision is not None:
+        torch.set_float32_matmul_precision(args.precision)
     environment = describe_environment()
+    environment["dtype"] = args.dtype
+    environment["float32_precision"] = torch.get_float32_matmul_precision()
     rows = measure_all(
         all_cases(args.suite, options),
         _sampling(args),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def cases(options: Options) -> list[Case]:
             batch=batch,
             mode=mode,
             gradients=() if mode == FORWARD else _gradients(layer),
-            prepare=functools.partial(_workload, layer, batch, mode, options.seed),
+            prepare=functools.partial(_workload, layer, batch, mode, options.seed, options.dtype),
         )
         for file in options.shapes
         for layer in read_conv2d_layers(file)
@@ -44,7 +45,7 @@ def _gradients(layer: Conv2dLayer) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _workload(layer: Conv2dLayer, batch: int, mode: str, seed: int) -> Workload:
+def _workload(layer: Conv2dLayer, batch: int, mode: str, seed: int, dtype: torch.dtype) -> Workload:
     stride, padding, groups = layer.stride, layer.padding, layer.groups
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,4 +61,5 @@ def _workload(layer: Conv2dLayer, batch: int, mode: str, seed: int) -> Workload:
         mode=mode,
         input_gradient=not layer.reads_image,
         seed=seed,
+        dtype=dtype,
     )

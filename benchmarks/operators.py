@@ -45,8 +45,9 @@ def operator_workload(
     mode: str,
     input_gradient: bool,
     seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Workload:
-    """Both sides of an operator on random float32 data, in both layouts.
+    """Both sides of an operator on random data of a dtype, in both layouts.
 
     The parameters are scaled as a network's initial weights are. Forward mode runs under
     ``torch.no_grad()``; forward+backward asks for the gradients of the parameters and, with
@@ -64,7 +65,7 @@ def operator_workload(
             return _forward(function, data)
         return _forward_backward(function, data, input_gradient)
 
-    data = _Data(inputs, parameters, gradients)
+    data = _Data(inputs, parameters, gradients).to_dtype(dtype)
     context = torch.no_grad if mode == FORWARD else contextlib.nullcontext
     candidates = []
     for layout in LAYOUTS:
@@ -95,6 +96,9 @@ class _Data:
 
     def to_layout(self, layout: str) -> _Data:
         return self._map(lambda tensor: to_layout(tensor, layout))
+
+    def to_dtype(self, dtype: torch.dtype) -> _Data:
+        return self._map(lambda tensor: tensor.to(dtype))
 
     def double(self, index: int) -> _Data:
         """The ``index``-th input and gradient alone, with the parameters, in float64."""

@@ -66,6 +66,7 @@ struct Pass {
   int64_t taps;      // products with each of them in an output
   int64_t channels;  // of the output
   int64_t rows, columns;
+  int64_t residues;  // source pixels for each of the output's, by the stride
 
   int64_t steps() const { return from * taps; }
 };
@@ -117,7 +118,7 @@ double amx_cost(const Pass& pass, const Conv2dProblem& problem) {
   const double depth = static_cast<double>(round_up(pass.from, kAmxDepth));
   const double taps = static_cast<double>(pass.taps);
   const double products = pixels / 32 * channels / 32 * depth / 32 * taps;
-  const double packing = pixels * depth;
+  const double packing = pixels * depth * static_cast<double>(pass.residues);
   const double storing = pixels * channels * (problem.layout == Layout::nchw ? 0.5 : 0.35);
   const double weights = channels * depth * taps * 1.5;
   const double call = 40000;
@@ -424,7 +425,10 @@ ConvAlgorithm cheaper_forward(const Conv2dProblem& problem, Isa isa, int64_t row
                               int64_t pixels) {
   const Pass pass = {problem.in_channels / problem.groups,
                      pixels * problem.kernel_height * problem.kernel_width,
-                     problem.out_channels / problem.groups, rows, columns};
+                     problem.out_channels / problem.groups,
+                     rows,
+                     columns,
+                     1};
   return cheaper(pass, problem, isa);
 }
 
@@ -434,7 +438,11 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
   }
   const Pass pass = {problem.in_channels / problem.groups,
                      problem.kernel_height * problem.kernel_width,
-                     problem.out_channels / problem.groups, problem.out_height, problem.out_width};
+                     problem.out_channels / problem.groups,
+                     problem.out_height,
+                     problem.out_width,
+                     std::min(problem.stride_h, problem.kernel_height) *
+                         std::min(problem.stride_w, problem.kernel_width)};
   return plan_forward(problem, cheapest(pass, problem, isa), isa, threads);
 }
 
@@ -448,7 +456,8 @@ Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int
                          ceil_div(problem.kernel_width, problem.stride_w),
                      problem.in_channels / problem.groups,
                      ceil_div(problem.in_height, problem.stride_h),
-                     ceil_div(problem.in_width, problem.stride_w)};
+                     ceil_div(problem.in_width, problem.stride_w),
+                     1};
   return plan_input_gradient(problem, cheapest(pass, problem, isa), isa, threads);
 }
 
@@ -474,7 +483,9 @@ Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, in
     const double out = static_cast<double>(round_up(group_out, 16));
     const double taps = static_cast<double>(problem.kernel_height * problem.kernel_width);
     const double products = pixels / 32 * in / 32 * out / 32 * taps;
-    const double packing = pixels * (in + out) * 0.6;
+    const double residues = static_cast<double>(std::min(problem.stride_h, problem.kernel_height) *
+                                                std::min(problem.stride_w, problem.kernel_width));
+    const double packing = pixels * (in * residues + out) * 0.6;
     const double call = (3000 + in * out * taps) / static_cast<double>(problem.batch);
     if (products * amx_block_cycles(problem) + packing + call < std::min(outer, direct)) {
       return plan_weight_gradient(problem, ConvAlgorithm::amx, isa, threads);
