@@ -120,7 +120,7 @@ void check_conv2d(Random& random) {
   // One of them with more bits than a bfloat16 has: it is the sum of two.
   if (p.dtype == DType::float32 && random.chance(60)) {
     Tensor& wide = random.chance(50) ? tensors.input : grad_output;
-    wide = random_tensor(random, wide.shape, p.dtype, 100);
+    wide = random_tensor(random, wide.shape, p.dtype, 1000);
   }
   if (random.chance(20)) add_specials(random, tensors.input, 2);
   // Depthwise kernels leave the border out, where others multiply by its zeros: an
