@@ -114,6 +114,39 @@ def test_any_shape(data: st.DataObject) -> None:
     )
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (64, 44, 7, 7, 40, (3, 3), {"padding": 1}),  # sums over several images, several chunks
+        (9, 20, 30, 30, 24, (3, 3), {"stride": 2}),  # several sums an image, several slices
+        (5, 24, 14, 14, 24, (3, 3), {"padding": 1, "groups": 24}),
+    ],
+    ids=str,
+)
+def test_weight_gradient_is_the_same_for_any_number_of_threads(
+    shape: tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]],
+    memory_format: torch.memory_format,
+) -> None:
+    x, w, _ = case_arguments(shape, torch.float32, memory_format, bias=False)
+    assert x is not None
+    assert w is not None
+    before = torch.get_num_threads()
+    gradients = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            weight = w.clone().requires_grad_()
+            output = functional.conv2d(x, weight, **shape[-1])
+            generator = torch.Generator().manual_seed(1)
+            grad_output = torch.randn(output.shape, generator=generator)
+            gradients += torch.autograd.grad(output, weight, grad_output)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_agree(threads: int) -> None:
     """Large enough to run in parallel; a thread count has one result, run after run."""

@@ -126,11 +126,6 @@ double amx_cost(const Pass& pass, const Conv2dProblem& problem) {
          (weights + call) / static_cast<double>(std::max<int64_t>(1, problem.batch));
 }
 
-// Whether matrix tiles take a problem.
-bool amx_takes(const Conv2dProblem& problem, Isa isa) {
-  return isa == Isa::amx && problem.dtype != DType::float64;
-}
-
 // The same for Winograd's algorithm: 16 products a tile of 2x2, and its transforms.
 double winograd_cost(const Pass& pass, const Conv2dProblem& problem, int64_t lanes) {
   const double tiles = static_cast<double>(ceil_div(pass.rows, 2) * ceil_div(pass.columns, 2));
@@ -161,7 +156,7 @@ ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa) 
       cost = winograd;
     }
   }
-  if (amx_takes(problem, isa) && amx_cost(pass, problem) < cost) best = ConvAlgorithm::amx;
+  if (amx_applies(problem, isa) && amx_cost(pass, problem) < cost) best = ConvAlgorithm::amx;
   return best;
 }
 
@@ -201,10 +196,7 @@ Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, in
 constexpr int64_t kAmxChunkBytes = 1024 * 1024;
 // Packed weights of which more does not stay in a second-level cache.
 constexpr int64_t kAmxFewWeightBytes = 2 * 1024 * 1024;
-// The weight gradient wants positions enough for its sums, and reads most of a larger
-// chunk once.
-constexpr int64_t kAmxGradientBytes = 1536 * 1024, kAmxMostGradientBytes = 4096 * 1024;
-constexpr int64_t kAmxGradientPositions = 512;
+constexpr int64_t kAmxGradientBytes = 1536 * 1024;
 
 // A pass on matrix tiles from `from` channels a group to `to`.
 Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Grid& grid,
@@ -311,7 +303,9 @@ bool winograd_applies(const Conv2dProblem& problem) {
          problem.dilation_h == 1 && problem.dilation_w == 1;
 }
 
-bool amx_applies(const Conv2dProblem& problem, Isa isa) { return amx_takes(problem, isa); }
+bool amx_applies(const Conv2dProblem& problem, Isa isa) {
+  return isa == Isa::amx && problem.dtype != DType::float64;
+}
 
 bool depthwise_applies(const Conv2dProblem& problem, Isa isa) {
   return problem.groups == problem.in_channels && problem.groups == problem.out_channels &&
@@ -476,7 +470,7 @@ Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, in
   const double outer =
       (0.62 * pairs + 8) *
       static_cast<double>(problem.out_height * problem.out_width * ceil_div(group_out, lanes));
-  if (amx_takes(problem, isa)) {
+  if (amx_applies(problem, isa)) {
     const double pixels =
         static_cast<double>(round_up(problem.out_height * problem.out_width, kAmxDepth));
     const double in = static_cast<double>(round_up(problem.in_channels / problem.groups, 16));

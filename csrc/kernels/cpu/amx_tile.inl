@@ -210,8 +210,8 @@ constexpr int products_of_parts(int parts) { return parts == 3 ? 6 : parts == 2 
 
 // sums = or, to add to them, += the products of steps [begin, end).
 template <int Parts, int R, int C, class Meanwhile>
-__attribute__((noinline)) void multiply_tiles(const TileSteps& steps, int64_t begin, int64_t end,
-                                              bool add, Meanwhile& meanwhile, float* sums) {
+__attribute__((noinline)) void multiply_sums(const TileSteps& steps, int64_t begin, int64_t end,
+                                             bool add, Meanwhile& meanwhile, float* sums) {
   alignas(64) float partial[kBlock * kBlock];
   do {
     const int64_t next = std::min(end, begin + kStepsPerSum);
@@ -236,14 +236,14 @@ CNNK_INLINE void multiply_block(const TileSteps& steps, int64_t begin, int64_t e
                                 int64_t columns, bool add, Meanwhile& meanwhile, float* sums) {
   if (rows > kTileRows) {
     if (columns > kTileRows) {
-      return multiply_tiles<Parts, 2, 2>(steps, begin, end, add, meanwhile, sums);
+      return multiply_sums<Parts, 2, 2>(steps, begin, end, add, meanwhile, sums);
     }
-    return multiply_tiles<Parts, 2, 1>(steps, begin, end, add, meanwhile, sums);
+    return multiply_sums<Parts, 2, 1>(steps, begin, end, add, meanwhile, sums);
   }
   if (columns > kTileRows) {
-    return multiply_tiles<Parts, 1, 2>(steps, begin, end, add, meanwhile, sums);
+    return multiply_sums<Parts, 1, 2>(steps, begin, end, add, meanwhile, sums);
   }
-  multiply_tiles<Parts, 1, 1>(steps, begin, end, add, meanwhile, sums);
+  multiply_sums<Parts, 1, 1>(steps, begin, end, add, meanwhile, sums);
 }
 
 struct Nothing {

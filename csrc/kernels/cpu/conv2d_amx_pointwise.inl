@@ -1,0 +1,175 @@
+// A pass on matrix tiles with one tap and small weights.
+
+// Packs tiles of the next 32 pixels, a few a call, beside what BlockStore does.
+template <class T, int Parts>
+class PackAndStore {
+ public:
+  PackAndStore(const GridProblem& problem, const PixelTable& source, int64_t part_step,
+               BlockStore& store)
+      : problem_(problem),
+        source_(source),
+        part_step_(part_step),
+        blocks_(problem.blocks()),
+        tiles_(2 * problem.groups * problem.blocks()),
+        store_(store) {}
+
+  // Packs block `block` of the table into `packed` in so many calls, and finish().
+  void pack(int64_t block, uint16_t* packed, int64_t calls) {
+    block_ = block;
+    packed_ = packed;
+    next_ = 0;
+    calls_ = calls;
+    balance_ = 0;
+  }
+
+  CNNK_INLINE void next() {
+    store_.next();
+    for (balance_ += tiles_; balance_ >= calls_ && next_ < tiles_; balance_ -= calls_) pack_next();
+  }
+
+  void finish() {
+    while (next_ < tiles_) pack_next();
+  }
+
+  Vec<float> marks() const { return marks_; }
+
+ private:
+  __attribute__((noinline)) void pack_next() {
+    const int64_t half = next_ % 2, block = next_ / 2 % blocks_, group = next_ / 2 / blocks_;
+    const int64_t from = problem_.matrix.from_channels, c = block * kTileDepth;
+    const int64_t step = problem_.source.plane.channel_stride;
+    pack_tile<T, Parts>(static_cast<const T*>(problem_.source_data) + (group * from + c) * step,
+                        source_, block_ * 2 + half, step, std::min<int64_t>(kTileDepth, from - c),
+                        packed_ + next_ * kTileElements, part_step_, marks_);
+    ++next_;
+  }
+
+  const GridProblem& problem_;
+  const PixelTable& source_;
+  int64_t part_step_, blocks_, tiles_;
+  BlockStore& store_;
+  int64_t block_ = 0, next_ = 0, calls_ = 1, balance_ = 0;
+  uint16_t* packed_ = nullptr;
+  Vec<float> marks_{};
+};
+
+// Whether the pixels of a pointwise pass are tiles where they lie.
+template <class T>
+bool reads_in_place(const GridProblem& problem) {
+  const GridAxis& rows = problem.grid.rows;
+  const GridAxis& columns = problem.grid.columns;
+  return std::is_same_v<T, bfloat16> && problem.source.plane.channel_stride == 1 &&
+         problem.matrix.from_channels % kTileDepth == 0 && rows.step == 1 && columns.step == 1 &&
+         rows.low == 0 && columns.low == 0 && rows.count == problem.source.plane.height &&
+         columns.count == problem.source.plane.width;
+}
+
+// One tap, and weights that stay in the cache: all work of the vectors, on the 32
+// pixels before and the 32 behind, goes on beside the products of 32 pixels, whose
+// parts are in the first-level cache. Pixels of bfloat16 in channels_last are read
+// where they lie.
+template <class T, int Parts>
+bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
+  const Grid& grid = problem.grid;
+  const int64_t group_out = problem.matrix.to_channels;
+  const int64_t blocks = problem.blocks();
+  const std::vector<ClassSteps> classes = class_steps(problem, blocks, 0, kBlock);
+  const ClassSteps& steps = classes.front();
+  const bool in_place = reads_in_place<T>(problem);
+  ClassSteps steps_in_place = steps;
+  for (int64_t block = 0; block < blocks; ++block) {
+    steps_in_place.offsets[static_cast<size_t>(block)] = block * kTileDepth;
+  }
+  const Workspace weight_workspace(packed_weight_elements<Parts>(problem, classes) *
+                                   static_cast<int64_t>(sizeof(uint16_t)));
+  uint16_t* const tiles = weight_workspace.as<uint16_t>();
+  std::atomic<bool> finite{true};
+  pack_all_weights<Parts>(pool, plan.threads == 1, problem, classes, tiles, finite);
+  if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
+
+  const int64_t rows = grid.rows.count, columns = grid.columns.count;
+  const int64_t pixels = problem.batch * rows * columns;
+  constexpr int64_t kMostTableBlocks = 64;
+  const int64_t table_pixels =
+      kBlock * std::clamp<int64_t>(pixels / kBlock / (4 * plan.threads), 1, kMostTableBlocks);
+  const PixelAxis source_rows = {grid.rows.low * grid.rows.step + grid.rows.residues.front(),
+                                 grid.rows.step, problem.source.plane.height};
+  const PixelAxis source_columns = {
+      grid.columns.low * grid.columns.step + grid.columns.residues.front(), grid.columns.step,
+      problem.source.plane.width};
+  const int64_t part_step = problem.groups * blocks * kBlock * kTileDepth;
+  parallel_for(
+      pool, ceil_div(pixels, table_pixels), plan.threads == 1, [&](int64_t begin, int64_t end) {
+        const Workspace workspace(2 * Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
+        const TileScope tile_scope;
+        ClassPixels destination = {{}, 1, table_pixels, table_pixels / kBlock, 0};
+        PixelTable source;
+        alignas(64) float two_sums[2][kSums];
+        const int64_t calls =
+            problem.groups * ceil_div(group_out, kBlock) * blocks * products_of_parts(Parts);
+        for (int64_t table = begin; table < end; ++table) {
+          const int64_t first = table * table_pixels;
+          const int64_t last = std::min(pixels, first + table_pixels);
+          for (PixelTable* const empty : {&source, &destination.table}) {
+            empty->at.clear();
+            empty->groups.clear();
+          }
+          append_range(source, first, last, problem.source.image_step, problem.source.plane,
+                       source_rows, rows, source_columns, columns);
+          append_range(destination.table, first, last, problem.destination.image_step,
+                       problem.destination.plane, {0, 1, problem.destination.plane.height}, rows,
+                       {0, 1, problem.destination.plane.width}, columns);
+          pad_table(source, kBlock);
+          pad_table(destination.table, kBlock);
+          group_pixels(source, problem.source.plane.column_stride);
+          group_pixels(destination.table, problem.destination.plane.column_stride);
+          destination.run_length = last - first;
+          destination.run_blocks = ceil_div(last - first, kBlock);
+
+          BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
+                            &destination.table, problem.streams()});
+          PackAndStore<T, Parts> meanwhile(problem, source, part_step, store);
+          const auto packed = [&](int64_t i) {
+            return workspace.as<uint16_t>() + i % 2 * Parts * part_step;
+          };
+          // A tile of 16 pixels must not read past the last.
+          const int64_t blocks_in_place = in_place ? (last - first) / kBlock : 0;
+          for (int64_t i = 0; i < blocks_in_place; ++i) {
+            const uint16_t* const rows_at = static_cast<const uint16_t*>(problem.source_data) +
+                                            (first + i * kBlock) * problem.source.channels;
+            for (int64_t group = 0; group < problem.groups; ++group) {
+              for (int64_t k = 0; k < group_out; k += kBlock) {
+                multiply_pixels<Parts>(steps_in_place, 0, blocks, true, true, true, destination, i,
+                                       i + 1, rows_at + group * problem.matrix.from_channels, 0,
+                                       class_weights<Parts>(tiles, problem, steps, group, k / 16),
+                                       column_block(problem, group, k, group_out), store, store,
+                                       two_sums, nullptr, problem.source.channels);
+              }
+            }
+          }
+          if (blocks_in_place < destination.run_blocks) {
+            meanwhile.pack(blocks_in_place, packed(blocks_in_place), 1);
+            meanwhile.finish();
+          }
+          for (int64_t i = blocks_in_place; i < destination.run_blocks; ++i) {
+            if (i + 1 < destination.run_blocks) meanwhile.pack(i + 1, packed(i + 1), calls);
+            for (int64_t group = 0; group < problem.groups; ++group) {
+              for (int64_t k = 0; k < group_out; k += kBlock) {
+                multiply_pixels<Parts>(steps, 0, blocks, true, true, true, destination, i, i + 1,
+                                       packed(i) + (group * blocks - i) * kBlock * kTileDepth,
+                                       part_step,
+                                       class_weights<Parts>(tiles, problem, steps, group, k / 16),
+                                       column_block(problem, group, k, group_out), store, meanwhile,
+                                       two_sums, nullptr);
+              }
+            }
+            meanwhile.finish();
+          }
+          if (Parts > 1 && !all_finite(meanwhile.marks())) {
+            finite.store(false, std::memory_order_relaxed);
+          }
+          if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
+        }
+      });
+  return Parts == 1 || finite.load(std::memory_order_relaxed);
+}
