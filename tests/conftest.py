@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import pytest
-
-# Before torch reads it. With the instructions for 16-bit floats the oneDNN of torch 2.13 crashes
-# on some small convolutions with much padding, and the tests that compare with them along with it.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
 import torch
 

@@ -149,17 +149,13 @@ void parallel_for(const ThreadPool& pool, int64_t n, bool serial, Body&& body) {
   pool.run(n, 1, call, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-inline int64_t ceil_div(int64_t numerator, int64_t denominator) {
+constexpr int64_t ceil_div(int64_t numerator, int64_t denominator) {
   return (numerator + denominator - 1) / denominator;
 }
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return ceil_div(value, multiple) * multiple;
 }
-
-// Products are summed in blocks of at most this many, and the blocks then added
-// up: the rounding error of a float sum grows with the length of its chain.
-constexpr int64_t kSumLength = 64;
 
 // Work below this many multiply-adds or bytes runs on the calling thread:
 // waking a thread pool costs more than about 30 microseconds of arithmetic.

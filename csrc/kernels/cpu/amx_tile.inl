@@ -139,9 +139,12 @@ struct TileSteps {
 
 constexpr int64_t kBlock = 32;  // rows and columns of a block of 2x2 tiles
 
-// Steps whose products are added in tiles: each adds to a chain as often as there are
-// products of parts, and the error of a sum grows with its chains.
-constexpr int64_t kStepsPerSum = 16;
+// Of `count` steps, how many add their products in tiles: each adds to a chain as often
+// as there are products of parts, and the error of a sum grows with its chains. Few
+// steps are cut in two, where a plain sum would be accurate too.
+constexpr int64_t steps_per_sum(int64_t count) {
+  return ceil_div(count, count > 8 ? std::max<int64_t>(2, ceil_div(count, 16)) : 1);
+}
 
 // The products of steps [begin, end): sums[row][column], kBlock to a row, of R by C
 // tiles.
@@ -213,8 +216,9 @@ template <int Parts, int R, int C, class Meanwhile>
 __attribute__((noinline)) void multiply_sums(const TileSteps& steps, int64_t begin, int64_t end,
                                              bool add, Meanwhile& meanwhile, float* sums) {
   alignas(64) float partial[kBlock * kBlock];
+  const int64_t length = steps_per_sum(end - begin);
   do {
-    const int64_t next = std::min(end, begin + kStepsPerSum);
+    const int64_t next = std::min(end, begin + length);
     multiply_steps<Parts, R, C>(steps, begin, next, meanwhile, add ? partial : sums);
     if (add) {
       for (int64_t row = 0; row < R * 16; ++row) {

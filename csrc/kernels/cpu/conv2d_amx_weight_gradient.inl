@@ -256,8 +256,9 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
           float* const block_totals =
               task_totals + (c / kBlock * out_blocks + k / kBlock) * taps * kTapStep;
           // All taps of some pixels, which then lie in the cache.
-          for (int64_t step = 0; step < product.count; step += kStepsPerSum) {
-            const int64_t last = std::min(product.count, step + kStepsPerSum);
+          const int64_t length = steps_per_sum(product.count);
+          for (int64_t step = 0; step < product.count; step += length) {
+            const int64_t last = std::min(product.count, step + length);
             float* tap_totals = block_totals;
             for (const GridTap& r : row_taps) {
               for (const GridTap& s : column_taps) {
