@@ -24,12 +24,27 @@ struct TileSource {
   const Tap* odd_taps;
 };
 
+// sum += other, or, of no sum yet, = other.
+template <class A, int KB, int P>
+CNNK_INLINE void add_tile(bool first, const Vec<A> (&other)[KB][P], Vec<A> (&sum)[KB][P]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < KB; ++k) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sum[k][p] = first ? other[k][p] : sum[k][p] + other[k][p];
+  }
+}
+
+// The products are summed in chains of kSumLength, kChains of these in a chain of their
+// own: of many taps most may lie over the border, and leave a product or two to a chain.
 template <class A, int KB, int P>
 CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& shape,
                              const TileWeights<A>& weights, Vec<A> (&total)[KB][P]) {
   const int64_t channel_block =
       std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, shape.tap_count));
-  bool first = true;
+  constexpr int64_t kChains = 16;
+  Vec<A> group[KB][P];  // the sum of earlier chains of chains
+  bool grouped = false;
+  int64_t chains = 0;
   for (int64_t c0 = 0; c0 < shape.channels; c0 += channel_block) {
     const int64_t c1 = std::min(shape.channels, c0 + channel_block);
     for (int64_t t0 = 0; t0 < shape.tap_count; t0 += kSumLength) {
@@ -74,22 +89,17 @@ CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& s
           }
         }
       }
-      if (!first) {
-#pragma GCC unroll 8
-        for (int k = 0; k < KB; ++k) {
-#pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) sum[k][p] += total[k][p];
-        }
+      if (chains == kChains) {
+        add_tile<A>(!grouped, total, group);
+        grouped = true;
+        chains = 0;
       }
-#pragma GCC unroll 8
-      for (int k = 0; k < KB; ++k) {
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) total[k][p] = sum[k][p];
-      }
-      first = false;
+      add_tile<A>(chains == 0, sum, total);
+      ++chains;
     }
   }
-  if (first) {
+  if (grouped) add_tile<A>(false, group, total);
+  if (chains == 0) {
     for (int k = 0; k < KB; ++k) {
       for (int p = 0; p < P; ++p) total[k][p] = Vec<A>{};
     }
