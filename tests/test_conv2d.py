@@ -87,8 +87,7 @@ def reads_only_padding(size: int, kernel: int, stride: int, padding: int, dilati
     rows = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     first_taps = (row * stride - padding for row in range(rows))
     return any(
-        not any(0 <= first + tap * dilation < size for tap in range(kernel))
-        for first in first_taps
+        not any(0 <= first + tap * dilation < size for tap in range(kernel)) for first in first_taps
     )
 
 
