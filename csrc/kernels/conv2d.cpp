@@ -71,6 +71,16 @@ struct Pass {
   int64_t steps() const { return from * taps; }
 };
 
+Pass forward_pass(const Conv2dProblem& problem) {
+  return {problem.in_channels / problem.groups,
+          problem.kernel_height * problem.kernel_width,
+          problem.out_channels / problem.groups,
+          problem.out_height,
+          problem.out_width,
+          std::min(problem.stride_h, problem.kernel_height) *
+              std::min(problem.stride_w, problem.kernel_width)};
+}
+
 // Estimates of the cycles that an image takes, of which only the comparison
 // matters. A multiply-add of vectors costs half a cycle and somewhat more for
 // what surrounds it; storing costs by the vector, packing by the element. The factors
@@ -126,6 +136,24 @@ double amx_cost(const Pass& pass, const Conv2dProblem& problem) {
          (weights + call) / static_cast<double>(std::max<int64_t>(1, problem.batch));
 }
 
+// The same for a forward pass whose input is read in runs.
+double row_runs_cost(const Conv2dProblem& problem) {
+  const double blocks =
+      static_cast<double>(problem.out_height * ceil_div(problem.out_width, kAmxBlock));
+  const double channels = static_cast<double>(round_up(problem.out_channels, 16));
+  const double steps = static_cast<double>(
+      problem.kernel_height * ceil_div(problem.kernel_width * problem.in_channels, kAmxDepth));
+  // A run is seldom aligned: tiles load slower than they multiply.
+  const double products = blocks * channels / kAmxBlock * steps * 1.5;
+  const double copying =
+      static_cast<double>(problem.in_height * problem.in_width * problem.in_channels);
+  const double storing = blocks * kAmxBlock * channels * 0.35;
+  const double call = 40000;
+  return products * amx_block_cycles(problem) +
+         (problem.layout == Layout::nchw ? 1.5 : 0.7) * copying + storing +
+         call / static_cast<double>(std::max<int64_t>(1, problem.batch));
+}
+
 // The same for Winograd's algorithm: 16 products a tile of 2x2, and its transforms.
 double winograd_cost(const Pass& pass, const Conv2dProblem& problem, int64_t lanes) {
   const double tiles = static_cast<double>(ceil_div(pass.rows, 2) * ceil_div(pass.columns, 2));
@@ -142,7 +170,8 @@ double winograd_cost(const Pass& pass, const Conv2dProblem& problem, int64_t lan
 // With few channels the transforms cost more than they save, and their error shows.
 constexpr int64_t kWinogradChannels = 32;
 
-ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa) {
+// amx: the cost of matrix tiles, if they take the problem.
+ConvAlgorithm cheapest(const Pass& pass, double amx, const Conv2dProblem& problem, Isa isa) {
   ConvAlgorithm best = cheaper(pass, problem, isa);
   const int64_t lanes = lanes_of(problem, isa);
   double cost = best == ConvAlgorithm::direct
@@ -156,7 +185,7 @@ ConvAlgorithm cheapest(const Pass& pass, const Conv2dProblem& problem, Isa isa) 
       cost = winograd;
     }
   }
-  if (amx_applies(problem, isa) && amx_cost(pass, problem) < cost) best = ConvAlgorithm::amx;
+  if (amx_applies(problem, isa) && amx < cost) best = ConvAlgorithm::amx;
   return best;
 }
 
@@ -213,7 +242,7 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
     plan.workspace_bytes = plan.threads * 2 * kAmxBlock * position_bytes + weight_bytes;
     return plan;
   }
-  const int64_t positions = grid.positions(problem.batch, grid.rows.count);
+  const int64_t positions = grid.packed_positions(problem.batch, grid.rows.count);
   const int64_t range = round_up(ceil_div(to, plan.threads), kAmxBlock);
   const int64_t sums_bytes = 4 * positions * grid.destinations() * range;
   if (problem.groups == 1 && weight_bytes > kAmxFewWeightBytes &&
@@ -224,7 +253,8 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
     plan.channels_per_task = range;
     const int64_t block_bytes = element * kAmxDepth * grid.residues() * positions;
     const int64_t blocks = ceil_div(from, kAmxDepth);
-    const int64_t slices = ceil_div(blocks * block_bytes, kAmxChunkBytes);
+    // Nothing is packed where no tap reaches the source.
+    const int64_t slices = std::max<int64_t>(1, ceil_div(blocks * block_bytes, kAmxChunkBytes));
     plan.channels_per_slice = ceil_div(blocks, std::min(slices, blocks)) * kAmxDepth;
     plan.workspace_bytes =
         plan.threads *
@@ -246,7 +276,23 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
   }
   plan.channels_per_task = ceil_div(blocks, ranges) * kAmxBlock;
   plan.workspace_bytes =
-      plan.threads * position_bytes * grid.positions(chunk.images, chunk.rows) + weight_bytes;
+      plan.threads * position_bytes * grid.packed_positions(chunk.images, chunk.rows) +
+      weight_bytes;
+  return plan;
+}
+
+Conv2dPlan plan_row_runs(const Conv2dProblem& problem, Isa isa, int threads) {
+  Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::amx, isa, threads, 0, 1, problem.out_height);
+  plan.amx_order = AmxOrder::row_runs;
+  plan.images_per_chunk = 1;
+  plan.rows_per_task =
+      std::max<int64_t>(1, rows_per_task(problem.out_height, problem.batch, plan.threads));
+  plan.channels_per_task = round_up(problem.out_channels, kAmxBlock);
+  const int64_t steps =
+      problem.kernel_height * ceil_div(problem.kernel_width * problem.in_channels, kAmxDepth);
+  plan.workspace_bytes =
+      2 * amx_parts(problem) *
+      (row_run_elements(problem) + steps * kAmxDepth * round_up(problem.out_channels, 16));
   return plan;
 }
 
@@ -273,7 +319,7 @@ Conv2dPlan plan_amx_weight_gradient(const Conv2dProblem& problem, Isa isa, int t
       tasks % plan.threads == 0 ? 1 : std::min<int64_t>(blocks, ceil_div(plan.threads, tasks));
   plan.channels_per_task = ceil_div(blocks, ranges) * kAmxBlock;
   plan.workspace_bytes = plan.threads * position_bytes(plan.channels_per_task) *
-                             grid.positions(chunk.images, chunk.rows) +
+                             grid.packed_positions(chunk.images, chunk.rows) +
                          4 * tasks * round_up(group_in, kAmxBlock) *
                              round_up(group_out, kAmxBlock) * problem.kernel_height *
                              problem.kernel_width;
@@ -323,6 +369,7 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
                          problem.out_height, problem.out_width);
   }
   if (algorithm == ConvAlgorithm::amx) {
+    if (has_row_runs(problem)) return plan_row_runs(problem, isa, threads);
     return plan_amx(problem, isa, threads, forward_grid(problem),
                     problem.in_channels / problem.groups, problem.out_channels / problem.groups);
   }
@@ -405,10 +452,12 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
       outer ? problem.groups * round_up(group_out, lanes_of(problem, isa)) * problem.out_height *
                   problem.out_width
             : problem.out_channels * problem.out_height * (problem.out_width + vector_bytes(isa));
-  Conv2dPlan plan = pass_plan(problem, algorithm, isa, threads, source_image + gradient_image,
-                              group_out, problem.out_height);
+  // Sums must be the same for any number of threads: in a chunk they are whole, or chunks
+  // are the same.
+  Conv2dPlan plan = pass_plan(problem, algorithm, isa, outer ? threads : 2,
+                              source_image + gradient_image, group_out, problem.out_height);
   plan.in_place = in_place;
-  // Whole sums, so that they are the same for any number of threads.
+  plan.threads = std::min(plan.threads, threads);
   if (outer) {
     plan.images_per_chunk = round_up(plan.images_per_chunk, gradient_sum(problem).images);
   }
@@ -430,14 +479,10 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
   if (depthwise_applies(problem, isa)) {
     return plan_forward(problem, ConvAlgorithm::depthwise, isa, threads);
   }
-  const Pass pass = {problem.in_channels / problem.groups,
-                     problem.kernel_height * problem.kernel_width,
-                     problem.out_channels / problem.groups,
-                     problem.out_height,
-                     problem.out_width,
-                     std::min(problem.stride_h, problem.kernel_height) *
-                         std::min(problem.stride_w, problem.kernel_width)};
-  return plan_forward(problem, cheapest(pass, problem, isa), isa, threads);
+  const Pass pass = forward_pass(problem);
+  const bool row_runs = amx_applies(problem, isa) && has_row_runs(problem);
+  const double amx = row_runs ? row_runs_cost(problem) : amx_cost(pass, problem);
+  return plan_forward(problem, cheapest(pass, amx, problem, isa), isa, threads);
 }
 
 Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
@@ -452,7 +497,8 @@ Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int
                      ceil_div(problem.in_height, problem.stride_h),
                      ceil_div(problem.in_width, problem.stride_w),
                      1};
-  return plan_input_gradient(problem, cheapest(pass, problem, isa), isa, threads);
+  return plan_input_gradient(problem, cheapest(pass, amx_cost(pass, problem), problem, isa), isa,
+                             threads);
 }
 
 Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {

@@ -66,6 +66,7 @@ enum class AmxOrder : uint8_t {
   chunks,      // of the source, each with all weights
   few_pixels,  // all of the source with each weight once
   pointwise,   // 32 pixels at a time, packed while the 32 before are multiplied
+  row_runs,    // of few channels, the taps of a kernel row at a time
 };
 
 // Which algorithm runs and how it is cut up; a pure function of the problem,

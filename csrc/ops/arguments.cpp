@@ -199,14 +199,22 @@ void check_input_dimensions(const char* op, const at::Tensor& input) {
 
 namespace {
 
+// torch.backends.mkldnn.conv.fp32_precision, or what it inherits; where that is not set,
+// the precision of matrix products, which torch.set_float32_matmul_precision sets.
 Float32Precision float32_precision() {
-  switch (at::globalContext().float32MatmulPrecision()) {
-    case at::Float32MatmulPrecision::HIGHEST:
-      return Float32Precision::highest;
-    case at::Float32MatmulPrecision::HIGH:
+  const at::Context& context = at::globalContext();
+  at::Float32Precision precision =
+      context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::CONV);
+  if (precision == at::Float32Precision::NONE) {
+    precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  }
+  switch (precision) {
+    case at::Float32Precision::TF32:
       return Float32Precision::high;
-    default:
+    case at::Float32Precision::BF16:
       return Float32Precision::medium;
+    default:
+      return Float32Precision::highest;
   }
 }
 

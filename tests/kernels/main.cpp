@@ -102,6 +102,11 @@ Conv2dPlan cut_at_random(Random& random, const Conv2dProblem& p, Conv2dPlan plan
   plan.images_per_chunk = random.between(1, std::max<int64_t>(1, p.batch));
   plan.rows_per_task = random.between(1, std::max<int64_t>(1, plan.rows_per_task));
   plan.channels_per_task = 32 * random.between(1, 2);
+  if (random.chance(50)) {
+    // Few channels, of which most problems here are, without runs of rows.
+    plan.amx_order = AmxOrder::chunks;
+  }
+  if (plan.amx_order == AmxOrder::row_runs) return plan;
   if (plan.amx_order == AmxOrder::pointwise && random.chance(50)) return plan;
   plan.amx_order = AmxOrder::chunks;
   if (p.groups == 1 && random.chance(40)) {

@@ -6,14 +6,20 @@
 // three parts is rounded to nearest, for what is left is lost. bfloat16 is one part
 // and float16 is two, exactly.
 //
-// Infinity and NaN have no such parts: infinity times a part that is zero would be NaN.
+// Infinity and NaN have no such parts, but of bfloat16: infinity times a part that is zero
+// would be NaN, and rounding makes a number of some NaN.
 // What makes parts therefore also says whether all was finite.
 
 typedef uint32_t Words __attribute__((vector_size(CNNK_VECTOR_BYTES)));
 
-// The next part of v, in the high halves of words; v becomes what is left.
-template <bool Round>
+// The next part of v, in the high halves of words; v becomes what is left. Where it is
+// rounded and may be large, it is the largest bfloat16 rather than infinite.
+template <bool Round, bool Large>
 CNNK_INLINE Words next_part(Vec<float>& v) {
+  if (Round && Large) {
+    const Vec<float> most = broadcast(0x1.fep127f);
+    v = select<float>(v > most, most, select<float>(v < -most, -most, v));
+  }
   Words bits = (Words)v;
   if (Round) bits += 0x7fffu + ((bits >> 16) & 1u);
   bits &= 0xffff0000u;
@@ -31,8 +37,10 @@ CNNK_INLINE void store_parts(Vec<float> a, Vec<float> b, uint16_t* to, int64_t p
 #pragma GCC unroll 3
   for (int part = 0; part < Parts; ++part) {
     const bool last = part == Parts - 1;
-    const Words first = last ? next_part<kRoundsLast<T, Parts>>(a) : next_part<false>(a);
-    const Words second = last ? next_part<kRoundsLast<T, Parts>>(b) : next_part<false>(b);
+    const Words first =
+        last ? next_part<kRoundsLast<T, Parts>, Parts == 1>(a) : next_part<false, false>(a);
+    const Words second =
+        last ? next_part<kRoundsLast<T, Parts>, Parts == 1>(b) : next_part<false, false>(b);
 #if defined(__clang__)
     const Halves packed = __builtin_shufflevector(
         (Halves)first, (Halves)second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
@@ -53,8 +61,10 @@ CNNK_INLINE void store_pairs(Vec<float> even, Vec<float> odd, uint16_t* to, int6
 #pragma GCC unroll 3
   for (int part = 0; part < Parts; ++part) {
     const bool last = part == Parts - 1;
-    const Words first = last ? next_part<kRoundsLast<T, Parts>>(even) : next_part<false>(even);
-    const Words second = last ? next_part<kRoundsLast<T, Parts>>(odd) : next_part<false>(odd);
+    const Words first =
+        last ? next_part<kRoundsLast<T, Parts>, Parts == 1>(even) : next_part<false, false>(even);
+    const Words second =
+        last ? next_part<kRoundsLast<T, Parts>, Parts == 1>(odd) : next_part<false, false>(odd);
     const Words pairs = (first >> 16) | second;
     __builtin_memcpy(to + part * part_step, &pairs, sizeof pairs);
   }

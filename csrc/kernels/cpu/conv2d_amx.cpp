@@ -74,6 +74,29 @@ Grid gradient_grid(const Conv2dProblem& p) {
                     p.out_width)};
 }
 
+bool has_row_runs(const Conv2dProblem& problem) {
+  // With more channels a tile is half full without it, and a copy costs more.
+  constexpr int64_t kFewChannels = 16;
+  return problem.groups == 1 && problem.in_channels <= kFewChannels && problem.kernel_width > 1 &&
+         problem.dilation_w == 1;
+}
+
+int64_t bordered_rows(const Conv2dProblem& problem) {
+  return (problem.out_height - 1) * problem.stride_h +
+         (problem.kernel_height - 1) * problem.dilation_h + 1;
+}
+
+int64_t bordered_columns(const Conv2dProblem& problem) {
+  return (problem.out_width - 1) * problem.stride_w + problem.kernel_width;
+}
+
+int64_t row_run_elements(const Conv2dProblem& problem) {
+  // The last block and the last tile of a run read past the last row.
+  const int64_t past = kAmxBlock * problem.stride_w * problem.in_channels + kAmxDepth;
+  const int64_t rows = problem.batch * bordered_rows(problem);
+  return round_up(rows * bordered_columns(problem) * problem.in_channels + past, kAmxDepth);
+}
+
 GridChunk grid_chunk(const Grid& grid, int64_t batch, int64_t position_bytes, int64_t bytes,
                      int threads) {
   const int64_t positions = std::max<int64_t>(1, bytes / std::max<int64_t>(1, position_bytes));

@@ -55,12 +55,26 @@ struct Grid {
   int64_t positions(int64_t images, int64_t row_count) const {
     return images * (row_count + rows.extra) * columns.pitch();
   }
+  // With those that taps read past the last position, and past the end of a block.
+  int64_t packed_positions(int64_t images, int64_t row_count) const {
+    return (positions(images, row_count) + columns.extra + 2 * kAmxBlock - 1) / kAmxBlock *
+           kAmxBlock;
+  }
 };
 
 // The grid of the input for the forward pass, and of the output's gradient for the
 // input gradient.
 Grid forward_grid(const Conv2dProblem& problem);
 Grid gradient_grid(const Conv2dProblem& problem);
+
+// Whether the forward pass takes the taps of a kernel row, with all channels, for the
+// depth of a tile: conv2d_amx_row_runs.inl.
+bool has_row_runs(const Conv2dProblem& problem);
+// Rows and columns of the input, with its border, that outputs read.
+int64_t bordered_rows(const Conv2dProblem& problem);
+int64_t bordered_columns(const Conv2dProblem& problem);
+// Elements of the copy that it makes, of one part.
+int64_t row_run_elements(const Conv2dProblem& problem);
 
 // Images and rows that are packed at a time.
 struct GridChunk {
@@ -77,15 +91,15 @@ GridChunk grid_chunk(const Grid& grid, int64_t batch, int64_t position_bytes, in
 // slices at least.
 int64_t amx_gradient_slices(const Conv2dProblem& problem, int64_t chunks);
 
-// These return false, with undefined results, if an operand is infinite or NaN and
-// the problem's elements have several parts: those then need another algorithm.
+// These return false, with undefined results, if an operand is infinite or NaN and its
+// type is not bfloat16: those then need another algorithm.
 bool conv2d_amx_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                         const ThreadPool& pool, const void* input, const void* weight,
                         const void* bias, void* output);
 bool conv2d_amx_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
                                const ThreadPool& pool, const void* grad_output, const void* weight,
                                void* grad_input);
-// Also false for elements of one part: a border's zero gradient would make NaN of an
+// Also false for bfloat16: a border's zero gradient would make NaN of an
 // infinite input.
 bool conv2d_amx_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
                                 const ThreadPool& pool, const void* grad_output, const void* input,

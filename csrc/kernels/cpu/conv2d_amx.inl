@@ -17,7 +17,7 @@
 // once a call.
 //
 // A pass goes over its work in one of three orders, each in a file of its own: chunks,
-// few pixels, pointwise. conv2d_amx_pass.inl has what they share.
+// few pixels, pointwise, row runs. conv2d_amx_pass.inl has what they share.
 //
 // The input gradient is the same on the output's gradient, one residue class of the
 // destinations at a time. The weight gradient is conv2d_amx_weight_gradient.inl.
@@ -45,6 +45,8 @@ bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem
   return finite;
 }
 
+#include "kernels/cpu/conv2d_amx_row_runs.inl"
+
 template <int Parts>
 bool forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
              const void* input, const void* weight, const void* bias, void* output) {
@@ -59,14 +61,17 @@ bool forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
                                problem.kernel_height * problem.kernel_width,
                                last_tap(problem)};
   const Workspace bias_workspace(problem.out_channels * static_cast<int64_t>(sizeof(float)));
+  const float* const wide_bias =
+      widened_bias<float>(problem.dtype, bias, problem.out_channels, bias_workspace.as<float>());
+  if (plan.amx_order == AmxOrder::row_runs) {
+    return row_runs_forward<Parts>(problem, plan, pool, input, weight, wide_bias, output);
+  }
   return grid_pass<Parts>(
       plan, pool,
       {problem.dtype, problem.groups, problem.batch, forward_grid(problem),
        pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width),
        pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
-       input, matrix, weight,
-       widened_bias<float>(problem.dtype, bias, problem.out_channels, bias_workspace.as<float>()),
-       output});
+       input, matrix, weight, wide_bias, output});
 }
 
 template <int Parts>

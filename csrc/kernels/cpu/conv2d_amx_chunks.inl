@@ -15,8 +15,7 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
   const int64_t groups = problem.groups;
   const int64_t group_in = problem.matrix.from_channels, group_out = problem.matrix.to_channels;
   const int64_t blocks = problem.blocks();
-  const int64_t positions =
-      round_up(grid.positions(plan.images_per_chunk, plan.rows_per_task) + kSlack, kTileRows);
+  const int64_t positions = grid.packed_positions(plan.images_per_chunk, plan.rows_per_task);
   const int64_t residue_step = groups * blocks * positions * kTileDepth;
   const int64_t part_step = grid.residues() * residue_step;
   const std::vector<ClassSteps> classes = class_steps(problem, blocks, residue_step, positions);
@@ -25,7 +24,7 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
   std::atomic<bool> finite{true};
   pack_all_weights<Parts>(pool, serial, problem, classes, tiles, finite);
-  if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
+  if (problem.splits() && !finite.load(std::memory_order_relaxed)) return false;
 
   const int64_t slice = kWeightSliceBytes / (2 * Parts * kTileElements * 2);
   const int64_t row_chunks = ceil_div(grid.rows.count, plan.rows_per_task);
@@ -54,9 +53,9 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
                                0, group_in, grid, image, images, j0, rows, positions, packed,
                                residue_step, part_step, marks);
         });
-        if (Parts > 1 && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+        if (problem.splits() && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
       }
-      if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
+      if (problem.splits() && !finite.load(std::memory_order_relaxed)) return;
       for (const ClassSteps& steps : classes) {
         const int64_t count = static_cast<int64_t>(steps.offsets.size());
         locate_class(pixels, problem, steps, image, images, j0, rows);
@@ -103,5 +102,5 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
       }
     }
   });
-  return Parts == 1 || finite.load(std::memory_order_relaxed);
+  return !problem.splits() || finite.load(std::memory_order_relaxed);
 }

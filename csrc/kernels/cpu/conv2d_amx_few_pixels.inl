@@ -7,8 +7,7 @@ template <int Parts>
 bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
   const Grid& grid = problem.grid;
   const int64_t from = problem.matrix.from_channels, to = problem.matrix.to_channels;
-  const int64_t positions =
-      round_up(grid.positions(problem.batch, grid.rows.count) + kSlack, kTileRows);
+  const int64_t positions = grid.packed_positions(problem.batch, grid.rows.count);
   const int64_t slice_blocks = plan.channels_per_slice / kTileDepth;
   const int64_t residue_step = slice_blocks * positions * kTileDepth;
   const int64_t part_step = grid.residues() * residue_step;
@@ -70,10 +69,10 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
                                    sums);
           }
         }
-        if (Parts > 1 && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
-        if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
+        if (problem.splits() && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+        if (problem.splits() && !finite.load(std::memory_order_relaxed)) return;
       }
     }
   });
-  return finite.load(std::memory_order_relaxed);
+  return !problem.splits() || finite.load(std::memory_order_relaxed);
 }

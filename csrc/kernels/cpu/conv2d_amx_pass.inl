@@ -6,9 +6,6 @@
 #include "kernels/cpu/pixel_table.inl"
 #include "kernels/cpu/widened_weights.inl"
 
-// Pixels a tile may read past the last position: their products are not stored.
-constexpr int64_t kSlack = 2 * kBlock;
-
 // Weights of one direction: `to` channels are columns, `from` channels the depth.
 struct WeightMatrix {
   int64_t from_channels, to_channels;  // of a group
@@ -281,6 +278,8 @@ struct GridProblem {
     constexpr int64_t kStreamedBytes = 24 * 1024 * 1024;
     return dtype == DType::float32 && batch * destination.image_step * 4 > kStreamedBytes;
   }
+  // Whether elements are turned into parts, which what is not finite does not have.
+  bool splits() const { return dtype != DType::bfloat16; }
   int64_t blocks() const { return ceil_div(matrix.from_channels, kTileDepth); }
   int64_t column_tiles() const { return ceil_div(matrix.to_channels, 16); }
 };

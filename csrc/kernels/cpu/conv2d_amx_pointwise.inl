@@ -85,7 +85,7 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
   std::atomic<bool> finite{true};
   pack_all_weights<Parts>(pool, plan.threads == 1, problem, classes, tiles, finite);
-  if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return false;
+  if (problem.splits() && !finite.load(std::memory_order_relaxed)) return false;
 
   const int64_t rows = grid.rows.count, columns = grid.columns.count;
   const int64_t pixels = problem.batch * rows * columns;
@@ -165,11 +165,11 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
             }
             meanwhile.finish();
           }
-          if (Parts > 1 && !all_finite(meanwhile.marks())) {
+          if (problem.splits() && !all_finite(meanwhile.marks())) {
             finite.store(false, std::memory_order_relaxed);
           }
-          if (Parts > 1 && !finite.load(std::memory_order_relaxed)) return;
+          if (problem.splits() && !finite.load(std::memory_order_relaxed)) return;
         }
       });
-  return Parts == 1 || finite.load(std::memory_order_relaxed);
+  return !problem.splits() || finite.load(std::memory_order_relaxed);
 }

@@ -162,10 +162,9 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const int64_t row_chunks = ceil_div(grid.rows.count, plan.rows_per_task);
   const int64_t chunks = ceil_div(problem.batch, plan.images_per_chunk) * row_chunks;
 
-  const int64_t positions =
-      round_up(grid.positions(plan.images_per_chunk, plan.rows_per_task) + kSlack, kBlock);
   // An odd number of cache lines: sixteen planes do not fall onto one set of the cache.
-  const int64_t plane = (positions / kBlock | 1) * kBlock;
+  const int64_t plane =
+      (grid.packed_positions(plan.images_per_chunk, plan.rows_per_task) / kBlock | 1) * kBlock;
   const int64_t range = plan.channels_per_task;
   const int64_t planes_step = range * plane;
   const int64_t source_part = grid.residues() * planes_step;
@@ -213,7 +212,7 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         const int64_t images = std::min(plan.images_per_chunk, problem.batch - image);
         const int64_t j0 = chunk % row_chunks * plan.rows_per_task;
         const int64_t rows = std::min(plan.rows_per_task, grid.rows.count - j0);
-        locate_chunk(pixels, grid, source, gradient, image, images, j0, rows, positions);
+        locate_chunk(pixels, grid, source, gradient, image, images, j0, rows, plane);
         Vec<float> marks{};
         with_storage<float>(problem.dtype, [&](auto element) {
           using T = decltype(element);
