@@ -19,7 +19,8 @@ import torch
 
 _REBUILD = (
     "rebuild it with `pip install --force-reinstall --no-deps --no-build-isolation <source>`, "
-    "where <source> is the source tree or archive of cnnkernels"
+    "where <source> is the source tree or archive of cnnkernels; or, if an installed copy has the "
+    "library, leave the source tree, whose folder hides it"
 )
 
 

@@ -137,6 +137,7 @@ def test_any_shape(data: st.DataObject) -> None:
         (64, 44, 7, 7, 40, (3, 3), {"padding": 1}),  # sums over several images, several chunks
         (9, 20, 30, 30, 24, (3, 3), {"stride": 2}),  # several sums an image, several slices
         (5, 24, 14, 14, 24, (3, 3), {"padding": 1, "groups": 24}),
+        (16, 3, 112, 112, 2, (3, 3), {}),  # direct, several chunks
     ],
     ids=str,
 )

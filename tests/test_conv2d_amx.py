@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from accuracy import compare
+from accuracy import compare, onednn
 from conftest import ISAS, runs_kernel
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +35,16 @@ SHAPES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "pointwise padding": (8, 128, 15, 200, 1, {"padding": 1}),
     "few pixels": (4, 256, 7, 256, 3, {"padding": 1}),
     "few pixels stride": (4, 256, 9, 250, 3, {"padding": 1, "stride": 2}),
+    "wide dilation": (8, 64, 45, 64, 3, {"padding": 40, "dilation": 40}),
+    "wide dilation, no padding": (2, 64, 90, 64, 3, {"dilation": 38}),
+    "few pixels, wide dilation": (1, 256, 36, 256, 3, {"padding": 35, "dilation": 35}),
+}
+# Of few channels, of which only the forward pass reads the input in runs.
+ROW_RUNS: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
+    "stem": (2, 3, 70, 64, 7, {"padding": 3, "stride": 2}),
+    "patches": (3, 3, 64, 100, 16, {"stride": 16}),
+    "several tiles a run": (2, 13, 37, 70, 5, {"padding": (1, 2), "dilation": (2, 1)}),
+    "wide padding": (2, 4, 33, 40, 3, {"padding": 5}),
 }
 
 
@@ -54,7 +67,7 @@ def precision() -> Iterator[None]:
 def tensors(
     name: str, dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
 ) -> list[Tensor]:
-    batch, channels, size, out, kernel, options = SHAPES[name]
+    batch, channels, size, out, kernel, options = (SHAPES | ROW_RUNS)[name]
     generator = torch.Generator().manual_seed(0)
     weight = (out, channels // options.get("groups", 1), kernel, kernel)
     shapes = [(batch, channels, size, size), weight, (out,)]
@@ -78,6 +91,74 @@ def test_accuracy(name: str, dtype: torch.dtype, memory_format: torch.memory_for
             arguments,
             f"{name} {dtype} {memory_format}",
         )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ROW_RUNS)
+def test_row_runs(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    arguments = tensors(name, dtype, memory_format)
+    options = ROW_RUNS[name][-1]
+    if dtype == torch.bfloat16:
+        assert explain(functional.conv2d, *arguments, **options)["algorithm"] == "amx"
+    with onednn(name != "wide padding"), runs_kernel("conv2d", "conv2d_backward"):
+        compare(
+            lambda x, w, b: functional.conv2d(x, w, b, **options),
+            lambda x, w, b: F.conv2d(x, w, b, **options),
+            arguments,
+            f"{name} {dtype} {memory_format}",
+        )
+    # What is not finite must not spread through the weights of zero at the end of a run.
+    x, w, b = arguments
+    x[0, 0, 20, 20] = torch.inf
+    ours, theirs = (
+        functional.conv2d(x, w, b, **options),
+        F.conv2d(x.double(), w.double(), b.double(), **options),
+    )
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.isinf(), theirs.isinf())
+
+
+def test_gradient_that_no_tap_reaches() -> None:
+    """Every output lies over padding alone."""
+    x = torch.randn(4, 1024, 2, 2, requires_grad=True)
+    w = torch.randn(1024, 1024, 1, 1, requires_grad=True)
+    output = functional.conv2d(x, w, stride=3, padding=1)
+    gradients = torch.autograd.grad(output.sum(), (x, w))
+    assert not output.any()
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("name", ["chunks", "pointwise", "few pixels", "stem"])
+@pytest.mark.parametrize(
+    "scales",
+    [
+        (1e-20, 1e-16, 1),
+        (1e-36, 1, 1),
+        (1e-36, 1e20, 1),
+        (1, 1e-37, 1),
+        (1e-15, 1, 1e-21),
+        (0, 1, 1),
+    ],
+    ids=str,
+)
+def test_small_numbers(name: str, scales: tuple[float, float, float]) -> None:
+    """Lesser parts that are no normal numbers are lost on tiles."""
+    x, w, _ = tensors(name, torch.float32)
+    x, w = x * scales[0], w * scales[1]
+    options = (SHAPES | ROW_RUNS)[name][-1]
+    truth_leaves = [t.double().requires_grad_() for t in (x, w)]
+    truth = F.conv2d(*truth_leaves, **options)
+    grad_output = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)) * scales[2]
+    truths = [truth, *torch.autograd.grad(truth, truth_leaves, grad_output.double())]
+    leaves = [t.requires_grad_() for t in (x, w)]
+    output = functional.conv2d(*leaves, **options)
+    for ours, exact in zip(
+        [output, *torch.autograd.grad(output, leaves, grad_output)], truths, strict=True
+    ):
+        # The results may be denormal themselves.
+        least = 2.0**-149 * exact.numel() ** 0.5
+        assert (ours.double() - exact).norm() <= 4e-7 * exact.norm() + least
 
 
 def relative_errors(name: str) -> list[float]:
@@ -107,6 +188,20 @@ def test_precision(name: str) -> None:
         torch.set_float32_matmul_precision(setting)
         for error in relative_errors(name):
             assert least < error < most, f"{setting}: {error}"
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("name", ["chunks", "pointwise", "few pixels"])
+def test_medium_keeps_nan_and_large_numbers(name: str) -> None:
+    """Rounding would make zero of the NaN whose bits are all ones, infinity of the largest."""
+    torch.set_float32_matmul_precision("medium")
+    x, w, _ = tensors(name, torch.float32)
+    options = SHAPES[name][-1]
+    x.view(torch.int32)[0, 0, 3, 3] = 0x7FFFFFFF
+    ours, theirs = functional.conv2d(x, w, **options), F.conv2d(x, w, **options)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    x[0, 0, 3, 3] = torch.finfo(torch.float32).max
+    assert functional.conv2d(x, w * 1e-3, **options).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -157,3 +252,39 @@ def test_threads_do_not_change_results(name: str) -> None:
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
             assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, 3),
+        ({"": "tf32"}, 2),
+        ({"mkldnn": "bf16"}, 1),
+        ({"mkldnn.conv": "bf16"}, 1),
+        ({"mkldnn.matmul": "tf32"}, 2),
+        ({"mkldnn.conv": "ieee", "mkldnn.matmul": "bf16"}, 3),
+        ({"cuda.matmul": "tf32"}, 3),
+    ],
+    ids=str,
+)
+def test_backend_precision(settings: dict[str, str], parts: int) -> None:
+    """The convolution's own setting prevails over that of matrix products."""
+    code = [
+        "import torch, cnnkernels",
+        *(
+            f"torch.backends.{name + '.' if name else ''}fp32_precision = {value!r}"
+            for name, value in settings.items()
+        ),
+        "x, w = torch.randn(8, 64, 20, 20), torch.randn(64, 64, 3, 3)",
+        "cnnkernels.functional.conv2d(x.double(), w.double())",
+        "print(cnnkernels.explain(cnnkernels.functional.conv2d, x, w)['parts'])",
+    ]
+    environment = os.environ | {"CNNKERNELS_CPU_ISA": "amx"}
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert int(ran.stdout) == parts

@@ -16,7 +16,9 @@ from cnnkernels import _native, explain, functional
 TIERS = [isa for isa in ISAS if isa in ("avx2", "avx512")]
 
 pytestmark = [
-    pytest.mark.skipif(not TIERS, reason="this machine has vectors of four floats"),
+    pytest.mark.skipif(
+        not TIERS, reason="needs the compiled library, and vectors of more than four floats"
+    ),
     pytest.mark.usefixtures("tier", "poisoned"),
 ]
 

@@ -570,7 +570,8 @@ PlaneSource plane_source(Layout layout, int64_t channels, int64_t height, int64_
 
 namespace {
 
-// The plan for what is not finite, which has no parts, and which Winograd's sums spread.
+// The plan for what is not finite or too small to have parts, and what Winograd's sums
+// spread.
 template <class Plan>
 Conv2dPlan plan_not_finite(const Conv2dProblem& problem, const Conv2dPlan& plan, Plan&& plan_pass) {
   return plan_pass(problem, ConvAlgorithm::outer_product, plan.isa, plan.threads);

@@ -24,9 +24,13 @@ void random_conv2d_axis(Random& random, bool large_kernel, int64_t in, int64_t& 
                         int64_t& kernel, int64_t& stride, int64_t& pad, int64_t& dilation) {
   kernel = large_kernel ? random.between(5, 9) : random.between(1, 4);
   stride = random.chance(50) ? 1 : random.between(1, 4);
-  dilation = random.chance(70) ? 1 : random.between(2, 3);
-  pad = random.chance(40) ? 0 : random.between(0, kernel);
-  const int64_t pad_after = random.chance(50) ? pad : random.between(0, kernel);
+  // A few so wide that taps lie further apart than a block of matrix tiles is long.
+  dilation = random.chance(70)   ? 1
+             : random.chance(85) ? random.between(2, 3)
+                                 : random.between(9, 40);
+  const int64_t most_padding = dilation > 3 ? dilation * (kernel - 1) : kernel;
+  pad = random.chance(40) ? 0 : random.between(0, most_padding);
+  const int64_t pad_after = random.chance(50) ? pad : random.between(0, most_padding);
   const int64_t room = in + pad + pad_after - dilation * (kernel - 1) - 1;
   out = room < 0 ? 0 : room / stride + 1;
 }

@@ -10,6 +10,10 @@
 // would be NaN, and rounding makes a number of some NaN.
 // What makes parts therefore also says whether all was finite.
 
+// Nor do very small numbers: their lesser parts, and the products of these, are below
+// the smallest float, and tiles take those for zero. So the largest magnitudes of
+// operands and results are kept, and tell whether what was lost matters in norm.
+
 typedef uint32_t Words __attribute__((vector_size(CNNK_VECTOR_BYTES)));
 
 // The next part of v, in the high halves of words; v becomes what is left. Where it is
@@ -69,3 +73,47 @@ CNNK_INLINE void store_pairs(Vec<float> even, Vec<float> odd, uint16_t* to, int6
     __builtin_memcpy(to + part * part_step, &pairs, sizeof pairs);
   }
 }
+
+// The largest magnitudes, lane by lane, as bits: they compare as integers, and infinity
+// and NaN are larger than all.
+typedef Vec<int32_t> Largest;
+
+CNNK_INLINE void mark(Largest& largest, Vec<float> v) {
+  const Vec<int32_t> bits = (Vec<int32_t>)v & 0x7fffffff;
+  largest = bits > largest ? bits : largest;
+}
+
+// Those of a call's operands and results, of all threads.
+class Magnitudes {
+ public:
+  void add_source(Largest largest) { add(source_, largest); }
+  void add_weights(Largest largest) { add(weights_, largest); }
+  void add_result(Largest largest) { add(result_, largest); }
+
+  bool finite() const {
+    constexpr int32_t kInfinity = 0x7f800000;
+    return source_.load(std::memory_order_relaxed) < kInfinity &&
+           weights_.load(std::memory_order_relaxed) < kInfinity;
+  }
+  // Whether parts and their products, down to 2^-24 of these, were normal numbers.
+  bool exact() const {
+    constexpr int32_t kLeastOperand = (127 - 100) << 23, kLeastResult = (127 - 90) << 23;
+    const int32_t source = source_.load(std::memory_order_relaxed);
+    const int32_t weights = weights_.load(std::memory_order_relaxed);
+    if (!finite()) return false;
+    if (source == 0 || weights == 0) return true;
+    return source >= kLeastOperand && weights >= kLeastOperand &&
+           result_.load(std::memory_order_relaxed) >= kLeastResult;
+  }
+
+ private:
+  static void add(std::atomic<int32_t>& to, Largest largest) {
+    int32_t most = 0;
+    for (int lane = 0; lane < kLanes<float>; ++lane) most = std::max(most, int32_t{largest[lane]});
+    int32_t before = to.load(std::memory_order_relaxed);
+    while (before < most && !to.compare_exchange_weak(before, most, std::memory_order_relaxed)) {
+    }
+  }
+
+  std::atomic<int32_t> source_{0}, weights_{0}, result_{0};
+};

@@ -91,8 +91,9 @@ GridChunk grid_chunk(const Grid& grid, int64_t batch, int64_t position_bytes, in
 // slices at least.
 int64_t amx_gradient_slices(const Conv2dProblem& problem, int64_t chunks);
 
-// These return false, with undefined results, if an operand is infinite or NaN and its
-// type is not bfloat16: those then need another algorithm.
+// These return false, with undefined results, if the type is not bfloat16 and an operand
+// is infinite or NaN, or numbers are so small that parts lose bits: those then need
+// another algorithm.
 bool conv2d_amx_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                         const ThreadPool& pool, const void* input, const void* weight,
                         const void* bias, void* output);

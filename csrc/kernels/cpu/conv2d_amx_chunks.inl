@@ -22,9 +22,9 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
   const int64_t weight_elements = packed_weight_elements<Parts>(problem, classes);
   const Workspace weight_workspace(weight_elements * static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
-  std::atomic<bool> finite{true};
-  pack_all_weights<Parts>(pool, serial, problem, classes, tiles, finite);
-  if (problem.splits() && !finite.load(std::memory_order_relaxed)) return false;
+  Magnitudes magnitudes;
+  pack_all_weights<Parts>(pool, serial, problem, classes, tiles, magnitudes);
+  if (problem.splits() && !magnitudes.finite()) return false;
 
   const int64_t slice = kWeightSliceBytes / (2 * Parts * kTileElements * 2);
   const int64_t row_chunks = ceil_div(grid.rows.count, plan.rows_per_task);
@@ -46,16 +46,16 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
       const int64_t j0 = chunk % row_chunks * plan.rows_per_task;
       const int64_t rows = std::min(plan.rows_per_task, grid.rows.count - j0);
       if (task == begin || task % channel_ranges == 0) {
-        Vec<float> marks{};
+        Largest largest{};
         with_storage<float>(problem.dtype, [&](auto element) {
           using T = decltype(element);
           pack_chunk<T, Parts>(static_cast<const T*>(problem.source_data), problem.source, groups,
                                0, group_in, grid, image, images, j0, rows, positions, packed,
-                               residue_step, part_step, marks);
+                               residue_step, part_step, largest);
         });
-        if (problem.splits() && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+        magnitudes.add_source(largest);
       }
-      if (problem.splits() && !finite.load(std::memory_order_relaxed)) return;
+      if (problem.splits() && !magnitudes.finite()) return;
       for (const ClassSteps& steps : classes) {
         const int64_t count = static_cast<int64_t>(steps.offsets.size());
         locate_class(pixels, problem, steps, image, images, j0, rows);
@@ -65,7 +65,8 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
             weight_elements * static_cast<int64_t>(sizeof(uint16_t)) <= kStayingWeightBytes;
         if (count > slice) sums.resize(static_cast<size_t>(pixels.blocks() * kSums));
         BlockStore meanwhile({problem.dtype, problem.out, problem.destination.plane.channel_stride,
-                              &pixels.table, problem.streams()});
+                              &pixels.table, problem.streams()},
+                             magnitudes);
         for (int64_t group = 0; group < groups; ++group) {
           const uint16_t* const group_packed = packed + group * blocks * positions * kTileDepth;
           if (pixels_outside) {
@@ -102,5 +103,5 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
       }
     }
   });
-  return !problem.splits() || finite.load(std::memory_order_relaxed);
+  return !problem.splits() || magnitudes.exact();
 }

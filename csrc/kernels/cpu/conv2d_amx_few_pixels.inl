@@ -17,7 +17,7 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
   for (const ClassSteps& steps : classes) most_steps = std::max(most_steps, steps.offsets.size());
   const int64_t weight_elements = static_cast<int64_t>(most_steps) * Parts * 2 * kTileElements;
 
-  std::atomic<bool> finite{true};
+  Magnitudes magnitudes;
   const int64_t ranges = ceil_div(to, plan.channels_per_task);
   parallel_for(pool, ranges, plan.threads == 1, [&](int64_t begin, int64_t end) {
     std::vector<ClassPixels> pixels(classes.size());
@@ -41,7 +41,7 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
       for (int64_t c = 0; c < from; c += plan.channels_per_slice) {
         const int64_t c_end = std::min(from, c + plan.channels_per_slice);
         const int64_t blocks = ceil_div(c_end - c, kTileDepth);
-        Vec<float> marks{};
+        Largest source{}, weight{};
         const auto with_type = [&](auto&& body) {
           with_storage<float>(problem.dtype, [&](auto element) { body(element); });
         };
@@ -49,19 +49,20 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
           using T = decltype(element);
           pack_chunk<T, Parts>(static_cast<const T*>(problem.source_data), problem.source, 1, c,
                                c_end, grid, 0, problem.batch, 0, grid.rows.count, positions, packed,
-                               residue_step, part_step, marks);
+                               residue_step, part_step, source);
         });
         float* sums = sums_workspace.as<float>();
         for (size_t i = 0; i < classes.size(); ++i) {
           const int64_t taps =
               static_cast<int64_t>(classes[i].rows->taps.size() * classes[i].columns->taps.size());
           BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
-                            &pixels[i].table, problem.streams()});
+                            &pixels[i].table, problem.streams()},
+                           magnitudes);
           for (int64_t k = k_begin; k < k_end; k += kBlock, sums += pixels[i].blocks() * kSums) {
             with_type([&](auto element) {
               pack_class_weights<decltype(element), Parts>(problem, classes[i], 0, c / kTileDepth,
                                                            c / kTileDepth + blocks, k / 16, weights,
-                                                           marks);
+                                                           weight);
             });
             multiply_pixels<Parts>(classes[i], 0, blocks * taps, false, c == 0, c_end == from,
                                    pixels[i], 0, pixels[i].blocks(), packed, part_step, weights,
@@ -69,10 +70,11 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
                                    sums);
           }
         }
-        if (problem.splits() && !all_finite(marks)) finite.store(false, std::memory_order_relaxed);
-        if (problem.splits() && !finite.load(std::memory_order_relaxed)) return;
+        magnitudes.add_source(source);
+        magnitudes.add_weights(weight);
+        if (problem.splits() && !magnitudes.finite()) return;
       }
     }
   });
-  return !problem.splits() || finite.load(std::memory_order_relaxed);
+  return !problem.splits() || magnitudes.exact();
 }

@@ -43,7 +43,7 @@ struct ClassTaps {
 template <class T, int Parts>
 void pack_weight_block(const T* weight, const WeightMatrix& matrix, const ClassTaps& taps,
                        int64_t kernel_size, int64_t depth, int64_t columns, uint16_t* to,
-                       int64_t part_step, int64_t tap_step, Vec<float>& marks) {
+                       int64_t part_step, int64_t tap_step, Largest& largest) {
   constexpr int64_t kMostKernel = 9;
   const bool along_depth = matrix.from_step == 1 && matrix.to_step != 1;
   const bool along_taps = matrix.from_step == kernel_size && kernel_size <= kMostKernel &&
@@ -74,8 +74,8 @@ void pack_weight_block(const T* weight, const WeightMatrix& matrix, const ClassT
       };
       for (int64_t q = 0; q < 16; ++q) {
         const Vec<float> even = channel(2 * q), odd = channel(2 * q + 1);
-        mark(marks, even);
-        mark(marks, odd);
+        mark(largest, even);
+        mark(largest, odd);
         store_pairs<T, Parts>(even, odd, to + q * 32, part_step);
       }
       to += tap_step;
@@ -106,7 +106,7 @@ inline Pixels pixels_of(Layout layout, int64_t channels, int64_t height, int64_t
 // Packs one tile: up to 32 channels of the table's group i.
 template <class T, int Parts>
 CNNK_INLINE void pack_tile(const T* from, const PixelTable& table, int64_t i, int64_t channel_step,
-                           int64_t channels, uint16_t* to, int64_t part_step, Vec<float>& marks) {
+                           int64_t channels, uint16_t* to, int64_t part_step, Largest& largest) {
   if (std::is_same_v<T, bfloat16> && channel_step == 1 && channels == kTileDepth) {
     const int64_t* const at = table.at.data() + i * kTileRows;
     for (int64_t p = 0; p < kTileRows; ++p) {
@@ -125,8 +125,8 @@ CNNK_INLINE void pack_tile(const T* from, const PixelTable& table, int64_t i, in
     for (Vec<float>& zero : b) zero = Vec<float>{};
   }
   for (int64_t p = 0; p < kTileRows; ++p) {
-    mark(marks, a[p]);
-    mark(marks, b[p]);
+    mark(largest, a[p]);
+    mark(largest, b[p]);
     store_parts<T, Parts>(a[p], b[p], to + p * kTileDepth, part_step);
   }
 }
@@ -137,7 +137,7 @@ template <class T, int Parts>
 void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, int64_t c_begin,
                 int64_t c_end, const Grid& grid, int64_t image, int64_t images, int64_t j0,
                 int64_t rows, int64_t positions, uint16_t* packed, int64_t residue_step,
-                int64_t part_step, Vec<float>& marks) {
+                int64_t part_step, Largest& largest) {
   const int64_t group_channels = pixels.channels / groups;
   const int64_t pitch = grid.columns.pitch();
   const int64_t channel_step = pixels.plane.channel_stride;
@@ -165,7 +165,7 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, int64_t c
             const T* const from = source + (group * group_channels + c) * channel_step;
             for (int64_t i = begin; i < end; ++i) {
               pack_tile<T, Parts>(from, table, i, channel_step, channels, block + i * kTileElements,
-                                  part_step, marks);
+                                  part_step, largest);
             }
             block += positions * kTileDepth;
           }
@@ -180,9 +180,11 @@ void pack_chunk(const T* source, const Pixels& pixels, int64_t groups, int64_t c
 // weights that come next into the second-level cache.
 class BlockStore {
  public:
-  explicit BlockStore(const PixelsOut& out) : out_(out), by_planes_(out.channel_step != 1) {}
+  BlockStore(const PixelsOut& out, Magnitudes& magnitudes)
+      : out_(out), magnitudes_(magnitudes), by_planes_(out.channel_step != 1) {}
   ~BlockStore() {
     finish();
+    magnitudes_.add_result(largest_);
 #if !defined(CNNK_EMULATE_AVX512)
     // Stores past the caches are not ordered before what tells others that they are done.
     if (out_.streams) _mm_sfence();
@@ -236,6 +238,7 @@ class BlockStore {
         Vec<float> rows[16];
         for (int64_t p = 0; p < 16; ++p) {
           rows[p] = load(sums_ + (half * 16 + p) * kBlock + c) + bias_[c / 16];
+          mark(largest_, rows[p]);
         }
         store_planes_of(out_, first_ / 16 + half, k_ + c, std::min<int64_t>(16, channels_ - c),
                         rows);
@@ -244,11 +247,15 @@ class BlockStore {
       const int64_t at = out_.table->at[static_cast<size_t>(first_ + next_)];
       if (at == kNowhere) continue;
       const float* const from = sums_ + next_ * kBlock;
-      store_pixel(out_, at + k_, channels_, load(from) + bias_[0], load(from + 16) + bias_[1]);
+      const Vec<float> low = load(from) + bias_[0];
+      mark(largest_, low);
+      store_pixel(out_, at + k_, channels_, low, load(from + 16) + bias_[1]);
     }
   }
 
   PixelsOut out_;
+  Magnitudes& magnitudes_;
+  Largest largest_{};
   bool by_planes_;
   const float* sums_ = nullptr;
   int64_t first_ = 0, pixels_ = 0, k_ = 0, channels_ = 0;
@@ -315,7 +322,7 @@ inline std::vector<ClassSteps> class_steps(const GridProblem& problem, int64_t b
 // from `tile` on: [step][part][tile].
 template <class T, int Parts>
 void pack_class_weights(const GridProblem& problem, const ClassSteps& steps, int64_t group,
-                        int64_t begin, int64_t end, int64_t tile, uint16_t* to, Vec<float>& marks) {
+                        int64_t begin, int64_t end, int64_t tile, uint16_t* to, Largest& largest) {
   const WeightMatrix& matrix = problem.matrix;
   const int64_t taps = static_cast<int64_t>(steps.rows->taps.size() * steps.columns->taps.size());
   const int64_t width = std::min<int64_t>(2, problem.column_tiles() - tile);
@@ -329,7 +336,7 @@ void pack_class_weights(const GridProblem& problem, const ClassSteps& steps, int
           std::min<int64_t>(kTileDepth, matrix.from_channels - block * kTileDepth),
           std::min<int64_t>(16, matrix.to_channels - (tile + i) * 16),
           to + (block - begin) * taps * Parts * part + i * kTileElements, part, Parts * part,
-          marks);
+          largest);
     }
   }
 }
@@ -354,12 +361,12 @@ uint16_t* class_weights(uint16_t* tiles, const GridProblem& problem, const Class
 template <int Parts>
 void pack_all_weights(const ThreadPool& pool, bool serial, const GridProblem& problem,
                       const std::vector<ClassSteps>& classes, uint16_t* tiles,
-                      std::atomic<bool>& finite) {
+                      Magnitudes& magnitudes) {
   const int64_t blocks = problem.blocks(), pairs = ceil_div(problem.column_tiles(), 2);
   for (const ClassSteps& steps : classes) {
     const int64_t taps = static_cast<int64_t>(steps.offsets.size()) / blocks;
     parallel_for(pool, problem.groups * pairs * blocks, serial, [&](int64_t begin, int64_t end) {
-      Vec<float> marks{};
+      Largest largest{};
       with_storage<float>(problem.dtype, [&](auto element) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t block = i % blocks, tile = i / blocks % pairs * 2;
@@ -369,10 +376,10 @@ void pack_all_weights(const ThreadPool& pool, bool serial, const GridProblem& pr
               problem, steps, group, block, block + 1, tile,
               class_weights<Parts>(tiles, problem, steps, group, tile) +
                   block * taps * Parts * width * kTileElements,
-              marks);
+              largest);
         }
       });
-      if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+      magnitudes.add_weights(largest);
     });
   }
 }

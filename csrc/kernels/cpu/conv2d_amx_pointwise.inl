@@ -31,7 +31,7 @@ class PackAndStore {
     while (next_ < tiles_) pack_next();
   }
 
-  Vec<float> marks() const { return marks_; }
+  Largest largest() const { return largest_; }
 
  private:
   __attribute__((noinline)) void pack_next() {
@@ -40,7 +40,7 @@ class PackAndStore {
     const int64_t step = problem_.source.plane.channel_stride;
     pack_tile<T, Parts>(static_cast<const T*>(problem_.source_data) + (group * from + c) * step,
                         source_, block_ * 2 + half, step, std::min<int64_t>(kTileDepth, from - c),
-                        packed_ + next_ * kTileElements, part_step_, marks_);
+                        packed_ + next_ * kTileElements, part_step_, largest_);
     ++next_;
   }
 
@@ -50,7 +50,7 @@ class PackAndStore {
   BlockStore& store_;
   int64_t block_ = 0, next_ = 0, calls_ = 1, balance_ = 0;
   uint16_t* packed_ = nullptr;
-  Vec<float> marks_{};
+  Largest largest_{};
 };
 
 // Whether the pixels of a pointwise pass are tiles where they lie.
@@ -83,9 +83,9 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
   const Workspace weight_workspace(packed_weight_elements<Parts>(problem, classes) *
                                    static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
-  std::atomic<bool> finite{true};
-  pack_all_weights<Parts>(pool, plan.threads == 1, problem, classes, tiles, finite);
-  if (problem.splits() && !finite.load(std::memory_order_relaxed)) return false;
+  Magnitudes magnitudes;
+  pack_all_weights<Parts>(pool, plan.threads == 1, problem, classes, tiles, magnitudes);
+  if (problem.splits() && !magnitudes.finite()) return false;
 
   const int64_t rows = grid.rows.count, columns = grid.columns.count;
   const int64_t pixels = problem.batch * rows * columns;
@@ -127,7 +127,8 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
           destination.run_blocks = ceil_div(last - first, kBlock);
 
           BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
-                            &destination.table, problem.streams()});
+                            &destination.table, problem.streams()},
+                           magnitudes);
           PackAndStore<T, Parts> meanwhile(problem, source, part_step, store);
           const auto packed = [&](int64_t i) {
             return workspace.as<uint16_t>() + i % 2 * Parts * part_step;
@@ -165,11 +166,9 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
             }
             meanwhile.finish();
           }
-          if (problem.splits() && !all_finite(meanwhile.marks())) {
-            finite.store(false, std::memory_order_relaxed);
-          }
-          if (problem.splits() && !finite.load(std::memory_order_relaxed)) return;
+          magnitudes.add_source(meanwhile.largest());
+          if (problem.splits() && !magnitudes.finite()) return;
         }
       });
-  return !problem.splits() || finite.load(std::memory_order_relaxed);
+  return !problem.splits() || magnitudes.exact();
 }

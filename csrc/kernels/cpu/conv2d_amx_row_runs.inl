@@ -18,7 +18,7 @@ void widen_all(const T* from, int64_t count, float* to) {
 // Elements [0, count) of a row, as parts.
 template <class T, int Parts>
 void store_row(const float* from, int64_t count, uint16_t* to, int64_t part_step,
-               Vec<float>& marks) {
+               Largest& largest) {
   alignas(64) float rest[2 * 16] = {};
   for (int64_t i = 0; i < count; i += 32) {
     const float* at = from + i;
@@ -27,8 +27,8 @@ void store_row(const float* from, int64_t count, uint16_t* to, int64_t part_step
       at = rest;
     }
     const Vec<float> a = load(at), b = load(at + 16);
-    mark(marks, a);
-    mark(marks, b);
+    mark(largest, a);
+    mark(largest, b);
     if (count - i >= 32) {
       store_parts<T, Parts>(a, b, to + i, part_step);
       continue;
@@ -43,20 +43,19 @@ void store_row(const float* from, int64_t count, uint16_t* to, int64_t part_step
 
 // Parts of the input in channels_last, with the border that outputs read.
 template <class T, int Parts>
-bool pack_row_runs(const Conv2dProblem& problem, const ThreadPool& pool, bool serial,
-                   const T* input, uint16_t* to, int64_t part_step) {
+void pack_row_runs(const Conv2dProblem& problem, const ThreadPool& pool, bool serial,
+                   const T* input, uint16_t* to, int64_t part_step, Magnitudes& magnitudes) {
   const int64_t channels = problem.in_channels;
   const int64_t rows = bordered_rows(problem), columns = bordered_columns(problem);
   const Pixels source = pixels_of(problem.layout, channels, problem.in_height, problem.in_width);
   const int64_t left = std::min(problem.pad_left, columns);
   const int64_t inside = std::clamp<int64_t>(columns - left, 0, problem.in_width);
-  std::atomic<bool> finite{true};
   parallel_for(pool, problem.batch * rows, serial, [&](int64_t begin, int64_t end) {
     const Workspace row_workspace(columns * channels * static_cast<int64_t>(sizeof(float)));
     float* const row = row_workspace.as<float>();
     std::fill_n(row, columns * channels, 0.0f);
     float* const image = row + left * channels;
-    Vec<float> marks{};
+    Largest largest{};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = i % rows - problem.pad_top;
       uint16_t* const packed = to + i * columns * channels;
@@ -75,16 +74,15 @@ bool pack_row_runs(const Conv2dProblem& problem, const ThreadPool& pool, bool se
           for (int64_t x = 0; x < inside; ++x) image[x * channels + c] = widen(plane[x]);
         }
       }
-      store_row<T, Parts>(row, columns * channels, packed, part_step, marks);
+      store_row<T, Parts>(row, columns * channels, packed, part_step, largest);
     }
-    if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
+    magnitudes.add_source(largest);
   });
   // What is read past the last row.
   const int64_t end = problem.batch * rows * columns * channels;
   for (int part = 0; part < Parts; ++part) {
     std::fill(to + part * part_step + end, to + (part + 1) * part_step, uint16_t{0});
   }
-  return finite.load(std::memory_order_relaxed);
 }
 
 // The weights of a kernel row as one tap of kernel_width * channels channels.
@@ -110,10 +108,10 @@ bool row_runs_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
   const int64_t part_step = row_run_elements(problem);
   const Workspace workspace(Parts * part_step * static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const packed = workspace.as<uint16_t>();
-  if (!pack_row_runs<T, Parts>(problem, pool, serial, static_cast<const T*>(input), packed,
-                               part_step)) {
-    return false;
-  }
+  Magnitudes magnitudes;
+  pack_row_runs<T, Parts>(problem, pool, serial, static_cast<const T*>(input), packed, part_step,
+                          magnitudes);
+  if (!magnitudes.finite()) return false;
 
   const Workspace runs_workspace(problem.out_channels * kernel * static_cast<int64_t>(sizeof(T)));
   T* const weight_runs = runs_workspace.as<T>();
@@ -146,9 +144,8 @@ bool row_runs_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
   const Workspace weight_workspace(packed_weight_elements<Parts>(grid_problem, classes) *
                                    static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
-  std::atomic<bool> finite{true};
-  pack_all_weights<Parts>(pool, serial, grid_problem, classes, tiles, finite);
-  if (!finite.load(std::memory_order_relaxed)) return false;
+  pack_all_weights<Parts>(pool, serial, grid_problem, classes, tiles, magnitudes);
+  if (!magnitudes.finite()) return false;
 
   const int64_t row_blocks = ceil_div(problem.out_width, kBlock);
   const int64_t count = static_cast<int64_t>(steps.offsets.size());
@@ -169,7 +166,8 @@ bool row_runs_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
       }
       group_pixels(pixels.table, destination.plane.column_stride);
       BlockStore store({problem.dtype, output, destination.plane.channel_stride, &pixels.table,
-                        grid_problem.streams()});
+                        grid_problem.streams()},
+                       magnitudes);
       for (int64_t i = 0; i < pixels.blocks(); ++i) {
         const int64_t y = first + i / row_blocks;
         const uint16_t* const at =
@@ -184,7 +182,7 @@ bool row_runs_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
       }
     }
   });
-  return true;
+  return !grid_problem.splits() || magnitudes.exact();
 }
 
 template <int Parts>

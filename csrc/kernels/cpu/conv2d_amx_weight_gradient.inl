@@ -13,14 +13,14 @@
 template <class T, int Parts>
 void pack_planes_of_parts(const T* from, const PixelTable& table, int64_t begin, int64_t end,
                           int64_t channel_step, int64_t channels, uint16_t* to, int64_t plane,
-                          int64_t part_step, Vec<float>& marks) {
+                          int64_t part_step, Largest& largest) {
   for (int64_t i = begin; i < end; i += 2) {
     Vec<float> a[16], b[16];
     load_planes(from, table, i, channel_step, channels, a);
     load_planes(from, table, i + 1, channel_step, channels, b);
     for (int64_t c = 0; c < 16; ++c) {
-      mark(marks, a[c]);
-      mark(marks, b[c]);
+      mark(largest, a[c]);
+      mark(largest, b[c]);
       store_parts<T, Parts>(a[c], b[c], to + c * plane + i * 16, part_step);
     }
   }
@@ -29,14 +29,14 @@ void pack_planes_of_parts(const T* from, const PixelTable& table, int64_t begin,
 // Packs 16 output channels as tiles of columns, 32 pixels each.
 template <class T, int Parts>
 void pack_gradient_tiles(const T* from, const PixelTable& table, int64_t begin, int64_t end,
-                         int64_t channel_step, int64_t channels, uint16_t* to, Vec<float>& marks) {
+                         int64_t channel_step, int64_t channels, uint16_t* to, Largest& largest) {
   for (int64_t i = begin; i < end; ++i) {
     Vec<float> rows[16];
     load_pixels(from, table, i, channel_step, channels, rows);
     uint16_t* const tile = to + i / 2 * Parts * kTileElements + i % 2 * (kTileElements / 2);
     for (int64_t q = 0; q < 8; ++q) {
-      mark(marks, rows[2 * q]);
-      mark(marks, rows[2 * q + 1]);
+      mark(largest, rows[2 * q]);
+      mark(largest, rows[2 * q + 1]);
       store_pairs<T, Parts>(rows[2 * q], rows[2 * q + 1], tile + q * 32, kTileElements);
     }
   }
@@ -183,7 +183,7 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   const Workspace totals_workspace(slices * slice_step * static_cast<int64_t>(sizeof(float)));
   float* const totals = totals_workspace.as<float>();
   const int64_t ranges = ceil_div(group_in, range);
-  std::atomic<bool> finite{true};
+  Magnitudes magnitudes;
   parallel_for(pool, slices * groups * ranges, serial, [&](int64_t begin, int64_t end) {
     const int64_t source_elements = Parts * source_part;
     const Workspace workspace((source_elements + out_tiles * gradient_tile) *
@@ -213,7 +213,7 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         const int64_t j0 = chunk % row_chunks * plan.rows_per_task;
         const int64_t rows = std::min(plan.rows_per_task, grid.rows.count - j0);
         locate_chunk(pixels, grid, source, gradient, image, images, j0, rows, plane);
-        Vec<float> marks{};
+        Largest largest_source{}, largest_gradient{};
         with_storage<float>(problem.dtype, [&](auto element) {
           using T = decltype(element);
           const int64_t channel_step = source.plane.channel_stride;
@@ -225,7 +225,7 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
                     static_cast<const T*>(input) + (group * group_in + c) * channel_step, table,
                     begin, end, channel_step, std::min<int64_t>(16, c_end - c),
                     planes + static_cast<int64_t>(residue) * planes_step + (c - c_begin) * plane,
-                    plane, source_part, marks);
+                    plane, source_part, largest_source);
               }
             });
           }
@@ -235,12 +235,14 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
                   static_cast<const T*>(grad_output) +
                       (group * group_out + k) * gradient.plane.channel_stride,
                   pixels.outputs, begin, end, gradient.plane.channel_stride,
-                  std::min<int64_t>(16, group_out - k), gradients + k / 16 * gradient_tile, marks);
+                  std::min<int64_t>(16, group_out - k), gradients + k / 16 * gradient_tile,
+                  largest_gradient);
             }
           });
         });
-        if (!all_finite(marks)) finite.store(false, std::memory_order_relaxed);
-        if (!finite.load(std::memory_order_relaxed)) return;
+        magnitudes.add_source(largest_source);
+        magnitudes.add_weights(largest_gradient);
+        if (!magnitudes.finite()) return;
 
         TileSteps product;
         product.offsets = pixels.offsets.data();
@@ -286,9 +288,10 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
       }
     }
   });
-  if (!finite.load(std::memory_order_relaxed)) return false;
+  if (!magnitudes.finite()) return false;
 
   parallel_for(pool, groups * in_blocks * out_blocks, serial, [&](int64_t begin, int64_t end) {
+    Largest largest{};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i % out_blocks * kBlock;
       const int64_t c = i / out_blocks % in_blocks * kBlock;
@@ -300,11 +303,17 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
           store(block + j, load(block + j) + load(more + j));
         }
       }
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t row = 0; row < std::min(kBlock, group_in - c); ++row) {
+          mark(largest, load(block + tap * kTapStep + row * kBlock));
+        }
+      }
       write_weights(problem, grad_weight,
                     (group * group_out + k) * problem.weight_stride_k + c * problem.weight_stride_c,
                     std::min(kBlock, group_out - k), std::min(kBlock, group_in - c), block,
                     kTapStep);
     }
+    magnitudes.add_result(largest);
   });
-  return true;
+  return problem.dtype == DType::bfloat16 || magnitudes.exact();
 }
