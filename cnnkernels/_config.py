@@ -113,6 +113,7 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         target(*args, **kwargs)
     if len(explainer.plans) != 1:
         raise ValueError(
-            f"target must run one operator of cnnkernels, but it ran {len(explainer.plans)}"
+            f"target must run one operator of cnnkernels, but it ran {len(explainer.plans)}: pass "
+            "cnnkernels.functional.conv2d, for example, not torch's own"
         )
     return explainer.plans[0]
