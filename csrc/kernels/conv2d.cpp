@@ -204,15 +204,22 @@ bool forward_in_place(const Conv2dProblem& problem) {
 }
 
 // A pass that gives `rows` rows of an image of `source_rows`. What is packed: the
-// weights in NHWC, a plane a thread in NCHW.
+// weights in NHWC, a plane or a vector of them a thread in NCHW.
 Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, int64_t rows,
-                          const DepthwisePasses& passes, int64_t source_rows) {
+                          const DepthwisePasses& passes, int64_t source_rows, bool backward) {
   Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::depthwise, isa, threads, 0, 1, rows);
   plan.images_per_chunk = problem.batch;
   plan.rows_per_task = problem.layout == Layout::nhwc
                            ? std::max<int64_t>(1, rows_per_task(rows, problem.batch, plan.threads))
                            : rows;
   plan.in_place = problem.layout == Layout::nhwc;
+  if (depthwise_interleaves(problem, plan.vector_lanes, backward)) {
+    plan.workspace_bytes =
+        plan.threads * vector_bytes(isa) *
+        (problem.in_height * problem.in_width + problem.out_height * problem.out_width +
+         2 * problem.kernel_height * problem.kernel_width);
+    return plan;
+  }
   plan.workspace_bytes =
       accumulator_size(problem.dtype) *
       (problem.layout == Layout::nhwc
@@ -362,7 +369,7 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
                         int threads) {
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.out_height,
-                          depthwise_forward_passes(problem), problem.in_height);
+                          depthwise_forward_passes(problem), problem.in_height, false);
   }
   if (algorithm == ConvAlgorithm::winograd) {
     return plan_winograd(problem, isa, threads, problem.in_channels, problem.out_channels,
@@ -402,7 +409,7 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
                                int threads) {
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.in_height,
-                          depthwise_gradient_passes(problem), problem.out_height);
+                          depthwise_gradient_passes(problem), problem.out_height, true);
   }
   if (algorithm == ConvAlgorithm::winograd) {
     return plan_winograd(problem, isa, threads, problem.out_channels, problem.in_channels,
@@ -439,7 +446,7 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
                                 int threads) {
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.out_height,
-                          depthwise_forward_passes(problem), problem.in_height);
+                          depthwise_forward_passes(problem), problem.in_height, true);
   }
   if (algorithm == ConvAlgorithm::amx) return plan_amx_weight_gradient(problem, isa, threads);
   const int64_t group_out = problem.out_channels / problem.groups;

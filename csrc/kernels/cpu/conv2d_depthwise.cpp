@@ -34,6 +34,16 @@ PackedPlanes depthwise_packed_plane(const std::vector<AxisPass>& columns, int64_
   return packed;
 }
 
+bool depthwise_interleaves(const Conv2dProblem& problem, int64_t lanes, bool backward) {
+  // Planes of a vector of channels, and their gradients, stay in the second-level cache.
+  // The forward pass has fewer operations to pay for the transposes of large planes.
+  const int64_t most_elements = backward ? 512 * 1024 : 256 * 1024;
+  const int64_t elements =
+      lanes * (2 * problem.in_height * problem.in_width + problem.out_height * problem.out_width);
+  return problem.layout == Layout::nchw && problem.out_channels >= lanes / 2 &&
+         elements <= most_elements && (problem.stride_w > 1 || problem.out_width < 2 * lanes);
+}
+
 int64_t depthwise_gradient_chunks(const Conv2dProblem& problem) {
   const int64_t rows = problem.batch * problem.out_height;
   return std::clamp<int64_t>(problem.multiply_adds() / kSerialMultiplyAdds, 1,
@@ -46,7 +56,9 @@ void conv2d_depthwise_forward(const Conv2dProblem& problem, const Conv2dPlan& pl
   with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
     const auto run = problem.layout == Layout::nhwc ? CNNK_TIER_FUNCTION(plan.isa, nhwc_forward<T>)
-                                                    : CNNK_TIER_FUNCTION(plan.isa, nchw_forward<T>);
+                     : depthwise_interleaves(problem, plan.vector_lanes, false)
+                         ? CNNK_TIER_FUNCTION(plan.isa, interleaved_forward<T>)
+                         : CNNK_TIER_FUNCTION(plan.isa, nchw_forward<T>);
     run(problem, plan, pool, input, weight, bias, output);
   });
 }
@@ -56,8 +68,9 @@ void conv2d_depthwise_backward(const Conv2dProblem& problem, const Conv2dPlan& p
                                const void* weight, void* grad_input, void* grad_weight) {
   with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = problem.layout == Layout::nhwc
-                         ? CNNK_TIER_FUNCTION(plan.isa, nhwc_backward<T>)
+    const auto run = problem.layout == Layout::nhwc ? CNNK_TIER_FUNCTION(plan.isa, nhwc_backward<T>)
+                     : depthwise_interleaves(problem, plan.vector_lanes, true)
+                         ? CNNK_TIER_FUNCTION(plan.isa, interleaved_backward<T>)
                          : CNNK_TIER_FUNCTION(plan.isa, nchw_backward<T>);
     run(problem, plan, pool, grad_output, input, weight, grad_input, grad_weight);
   });

@@ -20,6 +20,9 @@ DepthwisePasses depthwise_gradient_passes(const Conv2dProblem& problem);
 // and right written out, the columns split by the passes' step.
 PackedPlanes depthwise_packed_plane(const std::vector<AxisPass>& columns, int64_t rows);
 
+// Whether planes are turned into vectors of channels: conv2d_depthwise_interleaved.inl.
+bool depthwise_interleaves(const Conv2dProblem& problem, int64_t lanes, bool backward);
+
 // The weight gradient sums so many ranges of output rows on their own, a number
 // that no count of threads changes.
 int64_t depthwise_gradient_chunks(const Conv2dProblem& problem);

@@ -40,5 +40,5 @@ struct PlaneTap {
   int64_t begin, end;  // destination columns
 };
 
+#include "kernels/cpu/conv2d_depthwise_interleaved.inl"
 #include "kernels/cpu/conv2d_depthwise_nchw.inl"
-#include "kernels/cpu/conv2d_depthwise_nhwc.inl"

@@ -161,13 +161,68 @@ CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, in
   for (int t = 0; t < Taps; ++t) store(sums + taps[t].weight * slots, sum[t]);
 }
 
+// Sums move to double after so many rows.
+constexpr int64_t kDepthwiseRowsPerSum = 16;
+
+template <class A>
+void move_sums(A* sums, int64_t count, double* totals) {
+  for (int64_t i = 0; i < count; ++i) totals[i] += sums[i];
+  std::fill_n(sums, count, A{0});
+}
+
+// The weight gradient of one row of outputs at a time.
+template <class T>
+class NhwcWeightSums {
+ public:
+  NhwcWeightSums(const Conv2dProblem& problem, int64_t channels)
+      : passes_(depthwise_forward_passes(problem)),
+        channels_(channels),
+        slots_(round_up(channels, kLanes<Accumulator<T>>)),
+        in_row_(problem.in_width * channels),
+        out_row_(problem.out_width * channels),
+        kernel_width_(problem.kernel_width),
+        inside_end_(passes_.columns[0].count) {
+    for (const AxisTap& s : passes_.columns[0].taps) {
+      inside_begin_ = std::max(inside_begin_, s.begin);
+      inside_end_ = std::min(inside_end_, s.end);
+    }
+    inside_end_ = std::max(inside_begin_, inside_end_);
+  }
+
+  // sums[tap][slot] += those of row y of an image.
+  void add_row(const T* image, const T* gradients, int64_t y, Accumulator<T>* sums) const {
+    const AxisPass& rows = passes_.rows[0];
+    const AxisPass& columns = passes_.columns[0];
+    std::vector<PlaneTap<T>> taps;
+    for (const AxisTap& r : rows.taps) {
+      if (y < r.begin || y >= r.end) continue;
+      for (const AxisTap& s : columns.taps) {
+        taps.push_back({image + (y * rows.step + r.source) * in_row_ + s.source * channels_,
+                        r.kernel_index * kernel_width_ + s.kernel_index, s.begin, s.end});
+      }
+    }
+    int64_t slot = 0;
+    for_each_channel_vector<Accumulator<T>>(channels_, [&](int64_t c) {
+      for_each_tap_tile(static_cast<int64_t>(taps.size()), [&](int64_t t, auto tile) {
+        nhwc_weight_sums<T, decltype(tile)::value>(
+            taps.data() + t, gradients + y * out_row_, channels_, columns.count, inside_begin_,
+            inside_end_, columns.step, c, sums + slot, slots_);
+      });
+      slot += kLanes<Accumulator<T>>;
+    });
+  }
+
+ private:
+  DepthwisePasses passes_;
+  int64_t channels_, slots_, in_row_, out_row_, kernel_width_;
+  int64_t inside_begin_ = 0, inside_end_;
+};
+
 template <class T>
 void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                    const void* grad_output_data, const void* input_data, const void* weight,
                    void* grad_input_data, void* grad_weight_data) {
   using A = Accumulator<T>;
-  // Sums move to double after so many rows.
-  constexpr int64_t kRowsPerSum = 16;
   const int64_t channels = problem.out_channels;
   const int64_t taps = problem.kernel_height * problem.kernel_width;
   const int64_t slots = round_up(channels, kLanes<A>);
@@ -186,31 +241,18 @@ void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
   double* const totals = totals_workspace.as<double>();
 
   const DepthwisePasses to_input = depthwise_gradient_passes(problem);
-  const DepthwisePasses to_output = depthwise_forward_passes(problem);
-  const AxisPass& rows = to_output.rows[0];
-  const AxisPass& columns = to_output.columns[0];
-  int64_t inside_begin = 0, inside_end = columns.count;
-  for (const AxisTap& s : columns.taps) {
-    inside_begin = std::max(inside_begin, s.begin);
-    inside_end = std::min(inside_end, s.end);
-  }
-  inside_end = std::max(inside_begin, inside_end);
+  const NhwcWeightSums<T> weight_sums(problem, channels);
 
   const int64_t all_rows = problem.batch * out_rows;
   parallel_for(pool, chunks, plan.threads == 1, [&](int64_t begin, int64_t end) {
     const Workspace sums_workspace(table * static_cast<int64_t>(sizeof(A)));
     A* const sums = sums_workspace.as<A>();
-    std::vector<PlaneTap<T>> row_taps;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       double* const chunk_totals = totals + chunk * table;
       if (wants_weight) {
         std::fill_n(sums, table, A{0});
         std::fill_n(chunk_totals, table, 0.0);
       }
-      const auto add_sums = [&] {
-        for (int64_t i = 0; i < table; ++i) chunk_totals[i] += sums[i];
-        std::fill_n(sums, table, A{0});
-      };
       const int64_t first = all_rows * chunk / chunks, last = all_rows * (chunk + 1) / chunks;
       for (int64_t index = first; index < last; ++index) {
         const int64_t image = index / out_rows, y = index % out_rows;
@@ -230,29 +272,13 @@ void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
           }
         }
         if (!wants_weight) continue;
-        row_taps.clear();
-        const T* const images =
-            static_cast<const T*>(input_data) + image * problem.in_height * in_row;
-        for (const AxisTap& r : rows.taps) {
-          if (y < r.begin || y >= r.end) continue;
-          for (const AxisTap& s : columns.taps) {
-            row_taps.push_back({images + (y * rows.step + r.source) * in_row + s.source * channels,
-                                r.kernel_index * problem.kernel_width + s.kernel_index, s.begin,
-                                s.end});
-          }
+        weight_sums.add_row(static_cast<const T*>(input_data) + image * problem.in_height * in_row,
+                            gradients, y, sums);
+        if ((index - first) % kDepthwiseRowsPerSum == kDepthwiseRowsPerSum - 1) {
+          move_sums(sums, table, chunk_totals);
         }
-        int64_t slot = 0;
-        for_each_channel_vector<A>(channels, [&](int64_t c) {
-          for_each_tap_tile(static_cast<int64_t>(row_taps.size()), [&](int64_t t, auto tile) {
-            nhwc_weight_sums<T, decltype(tile)::value>(
-                row_taps.data() + t, gradients + y * out_row, channels, columns.count, inside_begin,
-                inside_end, columns.step, c, sums + slot, slots);
-          });
-          slot += kLanes<A>;
-        });
-        if ((index - first) % kRowsPerSum == kRowsPerSum - 1) add_sums();
       }
-      if (wants_weight) add_sums();
+      if (wants_weight) move_sums(sums, table, chunk_totals);
     }
   });
   if (!wants_weight) return;
