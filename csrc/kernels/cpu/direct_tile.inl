@@ -24,13 +24,13 @@ struct TileSource {
   const Tap* odd_taps;
 };
 
-// sum += other, or, of no sum yet, = other.
+// sum += other
 template <class A, int KB, int P>
-CNNK_INLINE void add_tile(bool first, const Vec<A> (&other)[KB][P], Vec<A> (&sum)[KB][P]) {
+CNNK_INLINE void add_tile(const Vec<A> (&other)[KB][P], Vec<A> (&sum)[KB][P]) {
 #pragma GCC unroll 8
   for (int k = 0; k < KB; ++k) {
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) sum[k][p] = first ? other[k][p] : sum[k][p] + other[k][p];
+    for (int p = 0; p < P; ++p) sum[k][p] += other[k][p];
   }
 }
 
@@ -42,8 +42,13 @@ CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& s
   const int64_t channel_block =
       std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, shape.tap_count));
   constexpr int64_t kChains = 16;
-  Vec<A> group[KB][P];  // the sum of earlier chains of chains
+  Vec<A> group[KB][P] = {};  // the sum of earlier chains of chains
   bool grouped = false;
+#pragma GCC unroll 8
+  for (int k = 0; k < KB; ++k) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) total[k][p] = Vec<A>{};
+  }
   int64_t chains = 0;
   for (int64_t c0 = 0; c0 < shape.channels; c0 += channel_block) {
     const int64_t c1 = std::min(shape.channels, c0 + channel_block);
@@ -90,20 +95,20 @@ CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& s
         }
       }
       if (chains == kChains) {
-        add_tile<A>(!grouped, total, group);
+        add_tile<A>(total, group);
         grouped = true;
         chains = 0;
       }
-      add_tile<A>(chains == 0, sum, total);
+      if (chains > 0) add_tile<A>(total, sum);
+#pragma GCC unroll 8
+      for (int k = 0; k < KB; ++k) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) total[k][p] = sum[k][p];
+      }
       ++chains;
     }
   }
-  if (grouped) add_tile<A>(false, group, total);
-  if (chains == 0) {
-    for (int k = 0; k < KB; ++k) {
-      for (int p = 0; p < P; ++p) total[k][p] = Vec<A>{};
-    }
-  }
+  if (grouped) add_tile<A>(group, total);
 }
 
 // The tallest tile for P vectors that leaves registers for the operands.
