@@ -37,7 +37,10 @@ def assert_close_to_truth(
     our_error = (ours.double() - truth).norm().item()
     their_error = (theirs.double() - truth).norm().item()
     roundoff = ROUNDOFF[ours.dtype]
-    allowed = max(2 * their_error, 2 * roundoff * truth.norm().item())
+    allowed = 2 * roundoff * truth.norm().item()
+    # In 16 bits torch without oneDNN is no measure: it also rounds partial sums.
+    if ours.dtype.itemsize > 2:
+        allowed = max(allowed, 2 * their_error)
     rounded = (truth.to(ours.dtype).double() != truth).sum()
     if rounded < FEW or ours.dtype == torch.float64:
         allowed = max(allowed, 2 * roundoff * magnitude.norm().item())

@@ -247,9 +247,10 @@ class BlockStore {
       const int64_t at = out_.table->at[static_cast<size_t>(first_ + next_)];
       if (at == kNowhere) continue;
       const float* const from = sums_ + next_ * kBlock;
-      const Vec<float> low = load(from) + bias_[0];
+      const Vec<float> low = load(from) + bias_[0], high = load(from + 16) + bias_[1];
       mark(largest_, low);
-      store_pixel(out_, at + k_, channels_, low, load(from + 16) + bias_[1]);
+      if (channels_ > 16) mark(largest_, high);
+      store_pixel(out_, at + k_, channels_, low, high);
     }
   }
 

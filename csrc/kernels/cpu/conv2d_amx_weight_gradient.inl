@@ -305,7 +305,9 @@ bool weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
       }
       for (int64_t tap = 0; tap < taps; ++tap) {
         for (int64_t row = 0; row < std::min(kBlock, group_in - c); ++row) {
-          mark(largest, load(block + tap * kTapStep + row * kBlock));
+          const float* const total = block + tap * kTapStep + row * kBlock;
+          mark(largest, load(total));
+          if (group_out - k > 16) mark(largest, load(total + 16));
         }
       }
       write_weights(problem, grad_weight,

@@ -123,6 +123,7 @@ void interleaved_backward(const Conv2dProblem& problem, const Conv2dPlan& plan,
     A* const gradient = image + in_size;
     A* const weights = gradient + out_size;
     A* const sums = weights + table;
+    std::vector<PlaneTap<A>> taps_of_row;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c = task % blocks * lanes, count = std::min(lanes, channels - c);
       const int64_t range = task / blocks;
@@ -139,7 +140,7 @@ void interleaved_backward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                             image);
           std::fill_n(sums, table, A{0});
           for (int64_t y = 0; y < problem.out_height; ++y) {
-            weight_sums.add_row(image, gradient, y, sums);
+            weight_sums.add_row(image, gradient, y, taps_of_row, sums);
             if (y % kDepthwiseRowsPerSum == kDepthwiseRowsPerSum - 1) {
               move_sums(sums, table, task_totals);
             }

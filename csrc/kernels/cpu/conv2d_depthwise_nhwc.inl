@@ -189,11 +189,12 @@ class NhwcWeightSums {
     inside_end_ = std::max(inside_begin_, inside_end_);
   }
 
-  // sums[tap][slot] += those of row y of an image.
-  void add_row(const T* image, const T* gradients, int64_t y, Accumulator<T>* sums) const {
+  // sums[tap][slot] += those of row y of an image. `taps` is storage for the taps of a row.
+  void add_row(const T* image, const T* gradients, int64_t y, std::vector<PlaneTap<T>>& taps,
+               Accumulator<T>* sums) const {
     const AxisPass& rows = passes_.rows[0];
     const AxisPass& columns = passes_.columns[0];
-    std::vector<PlaneTap<T>> taps;
+    taps.clear();
     for (const AxisTap& r : rows.taps) {
       if (y < r.begin || y >= r.end) continue;
       for (const AxisTap& s : columns.taps) {
@@ -247,6 +248,7 @@ void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
   parallel_for(pool, chunks, plan.threads == 1, [&](int64_t begin, int64_t end) {
     const Workspace sums_workspace(table * static_cast<int64_t>(sizeof(A)));
     A* const sums = sums_workspace.as<A>();
+    std::vector<PlaneTap<T>> taps_of_row;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       double* const chunk_totals = totals + chunk * table;
       if (wants_weight) {
@@ -273,7 +275,7 @@ void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
         }
         if (!wants_weight) continue;
         weight_sums.add_row(static_cast<const T*>(input_data) + image * problem.in_height * in_row,
-                            gradients, y, sums);
+                            gradients, y, taps_of_row, sums);
         if ((index - first) % kDepthwiseRowsPerSum == kDepthwiseRowsPerSum - 1) {
           move_sums(sums, table, chunk_totals);
         }
