@@ -333,6 +333,41 @@ Conv2dPlan plan_amx_weight_gradient(const Conv2dProblem& problem, Isa isa, int t
   return plan;
 }
 
+Conv2dPlan plan_outer_product_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  // Pixels of so few channels are whole cache lines, more are packed.
+  constexpr int64_t kLineChannels = 16;
+  constexpr int64_t kFewestPairs = 24, kMostElements = 128 * 1024;
+  constexpr int64_t kBlock = 6;
+  Conv2dPlan plan =
+      pass_plan(problem, ConvAlgorithm::outer_product, isa, threads, 0, 1, problem.out_height);
+  const int64_t group_in = problem.in_channels / problem.groups;
+  plan.in_place = forward_in_place(problem) &&
+                  (problem.layout == Layout::nchw || problem.in_channels <= kLineChannels);
+  const GradientSum sum = gradient_sum(problem);
+  const int64_t slices = gradient_slices(problem);
+  const int64_t positions =
+      sum.images * gradient_source_rows(problem).count * gradient_source_columns(problem).count;
+  // Every range packs the output's gradient again: there are as many as threads ask for, and
+  // as keep what a task packs small, the same number for each thread.
+  const int64_t taps = problem.kernel_height * problem.kernel_width;
+  const int64_t wanted = ceil_div(int64_t{plan.threads}, slices * problem.groups);
+  int64_t ranges = wanted;
+  if (!plan.in_place) ranges = round_up(ceil_div(group_in * positions, kMostElements), wanted);
+  ranges = std::min(ranges, group_in * taps / kFewestPairs);
+  plan.channels_per_task =
+      std::min(group_in, round_up(ceil_div(group_in, std::max<int64_t>(1, ranges)), kBlock));
+  const int64_t tile = 4 * vector_bytes(isa);
+  plan.workspace_bytes =
+      plan.threads * (sum.images * sum.rows * problem.out_width * tile +
+                      (plan.in_place ? 0
+                                     : accumulator_size(problem.dtype) * positions *
+                                           round_up(plan.channels_per_task, kBlock))) +
+      accumulator_size(problem.dtype) * slices * group_in * problem.kernel_height *
+          problem.kernel_width * problem.groups *
+          round_up(problem.out_channels / problem.groups, lanes_of(problem, isa));
+  return plan;
+}
+
 // A pass to `to` channels of rows x columns results.
 Conv2dPlan plan_winograd(const Conv2dProblem& problem, Isa isa, int threads, int64_t from,
                          int64_t to, int64_t rows, int64_t columns) {
@@ -449,25 +484,17 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
                           depthwise_forward_passes(problem), problem.in_height, true);
   }
   if (algorithm == ConvAlgorithm::amx) return plan_amx_weight_gradient(problem, isa, threads);
-  const int64_t group_out = problem.out_channels / problem.groups;
-  const bool outer = algorithm == ConvAlgorithm::outer_product;
-  const bool in_place = outer && forward_in_place(problem);
-  const int64_t source_image =
-      in_place ? 0
-               : problem.in_channels * packed_input(problem, outer ? 1 : problem.stride_w).plane();
-  const int64_t gradient_image =
-      outer ? problem.groups * round_up(group_out, lanes_of(problem, isa)) * problem.out_height *
-                  problem.out_width
-            : problem.out_channels * problem.out_height * (problem.out_width + vector_bytes(isa));
-  // Sums must be the same for any number of threads: in a chunk they are whole, or chunks
-  // are the same.
-  Conv2dPlan plan = pass_plan(problem, algorithm, isa, outer ? threads : 2,
-                              source_image + gradient_image, group_out, problem.out_height);
-  plan.in_place = in_place;
-  plan.threads = std::min(plan.threads, threads);
-  if (outer) {
-    plan.images_per_chunk = round_up(plan.images_per_chunk, gradient_sum(problem).images);
+  if (algorithm == ConvAlgorithm::outer_product) {
+    return plan_outer_product_weight_gradient(problem, isa, threads);
   }
+  const int64_t group_out = problem.out_channels / problem.groups;
+  // Sums must be the same for any number of threads, and so chunks are the same.
+  Conv2dPlan plan = pass_plan(
+      problem, algorithm, isa, 2,
+      problem.in_channels * packed_input(problem, problem.stride_w).plane() +
+          problem.out_channels * problem.out_height * (problem.out_width + vector_bytes(isa)),
+      group_out, problem.out_height);
+  plan.threads = std::min(plan.threads, threads);
   return plan;
 }
 

@@ -7,12 +7,21 @@
 namespace cnnkernels {
 
 // What one sum of the weight gradient goes over, before it is added to the totals:
-// rows of an image, or whole images where they are small. Its output gradients stay in
-// the first-level cache for all pairs of input channels and taps.
+// rows of an image, or whole images where they are small.
 struct GradientSum {
   int64_t images, rows;
 };
 GradientSum gradient_sum(const Conv2dProblem& problem);
+// Rows or columns of the input that the first sum packs: first, first + step, … (count of
+// them); those outside of the image are its border.
+struct GradientAxis {
+  int64_t first, step, count;
+};
+GradientAxis gradient_source_rows(const Conv2dProblem& problem);
+GradientAxis gradient_source_columns(const Conv2dProblem& problem);
+
+// Slices of the sums that have totals of their own.
+int64_t gradient_slices(const Conv2dProblem& problem);
 
 void conv2d_outer_product_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                                   const ThreadPool& pool, const void* input, const void* weight,

@@ -19,6 +19,8 @@ struct PixelBlock {
   const A* source;  // of the first pixel's first step
   int64_t source_row, source_column;
   int64_t out_at, out_row, out_column;
+  int64_t pixel_elements;  // of the source that a pixel adds to those before it
+  bool fetches;            // what lies behind the block in memory: the next block's source
 };
 
 // Channels of P pixels that follow one another in memory, plane by plane.
@@ -61,6 +63,13 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
   const bool plain = std::is_same_v<A, double> || out.dtype == DType::float32;
   const bool planes = plain && out.channel_step != 1 && block.out_column == 1 &&
                       (block.rows == 1 || block.out_row == block.columns) && count >= P;
+  // Vectors of channels share out what is to be fetched, and tiles a vector's share, so that
+  // memory is read all the while.
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(A));
+  const int64_t vectors = ceil_div(out.channels, lanes);
+  const int64_t behind = block.fetches ? count * block.pixel_elements : 0;
+  const int64_t fetched_by_tile = round_up(behind * KV / vectors / ceil_div(count, P), line);
+  const A* fetched = block.source + behind + behind * v / vectors;
   int64_t y = 0, x = 0;  // of the first pixel
   for (int64_t i = 0; i < count; i += P) {
     // The last tile is moved back to end with the block; where there are fewer
@@ -96,6 +105,9 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
       x = 0;
       ++y;
     }
+    for (const A* const end = fetched + fetched_by_tile; fetched < end; fetched += line) {
+      __builtin_prefetch(fetched, 0, 2);
+    }
     Vec<A> total[P][KV];
     outer_product_tile(source, steps, v, total);
     const int64_t k = v * lanes;
@@ -122,15 +134,52 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
 }
 
 template <class A>
+void outer_product_vectors(const OuterProductSteps<A>& steps, const ChannelsOut<A>& out,
+                           const PixelBlock<A>& block) {
+  const auto tile = [&](int64_t v, auto vectors) {
+    outer_product_pixels<A, decltype(vectors)::value>(steps, out, block, v);
+  };
+  const int64_t vectors = ceil_div(out.channels, kLanes<A>);
+  // Planes are stored by 8 pixels, not by 6.
+  if (CNNK_VECTOR_REGISTERS >= 32 && out.channel_step != 1) {
+    for_each_vector_tile<3>(vectors, tile);
+  } else {
+    for_each_vector_tile(vectors, tile);
+  }
+}
+
+// All vectors go over some pixels before the next, so that these stay in the second-level
+// cache; over enough of them that reading the weights again counts for little.
+template <class A>
 void outer_product_block(const OuterProductSteps<A>& steps, const ChannelsOut<A>& out,
                          PixelBlock<A> block) {
+  constexpr int64_t kElements = 32 * 1024, kFewestPixels = 96;
   // Rows that follow one another without a gap are one.
   if (block.source_row == block.columns * block.source_column &&
       block.out_row == block.columns * block.out_column) {
     block.columns *= block.rows;
     block.rows = 1;
   }
-  for_each_vector_tile(ceil_div(out.channels, kLanes<A>), [&](int64_t v, auto vectors) {
-    outer_product_pixels<A, decltype(vectors)::value>(steps, out, block, v);
-  });
+  const int64_t pixels = std::max(kFewestPixels, kElements / (block.pixel_elements + out.channels));
+  PixelBlock<A> part = block;
+  if (block.rows == 1) {
+    constexpr int64_t kWholeTiles = 24;
+    const int64_t columns =
+        round_up(ceil_div(block.columns, ceil_div(block.columns, pixels)), kWholeTiles);
+    for (int64_t x = 0; x < block.columns; x += columns) {
+      part.columns = std::min(columns, block.columns - x);
+      part.source = block.source + x * block.source_column;
+      part.out_at = block.out_at + x * block.out_column;
+      outer_product_vectors(steps, out, part);
+    }
+    return;
+  }
+  part.fetches = false;
+  const int64_t rows = std::max<int64_t>(1, pixels / block.columns);
+  for (int64_t y = 0; y < block.rows; y += rows) {
+    part.rows = std::min(rows, block.rows - y);
+    part.source = block.source + y * block.source_row;
+    part.out_at = block.out_at + y * block.out_row;
+    outer_product_vectors(steps, out, part);
+  }
 }

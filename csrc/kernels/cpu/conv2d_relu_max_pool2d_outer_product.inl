@@ -110,7 +110,7 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
                         destination.channel_stride,
                         conv.out_channels / conv.groups,
                         task.bias};
-                    for_each_vector_tile(
+                    for_each_vector_tile<CNNK_VECTOR_REGISTERS >= 32 ? 3 : 2>(
                         ceil_div(block.channels, kLanes<A>), [&](int64_t v, auto vectors) {
                           outer_product_windows<A, decltype(vectors)::value>(task.steps, block, v);
                         });

@@ -347,7 +347,8 @@ inline bool winograd_pass(const Conv2dPlan& plan, const ThreadPool& pool, int64_
         outer_product_block<float>(
             {offsets.data(), from, panels + position * padded_to * from, from * lanes, lanes},
             {DType::float32, products + position * task_tiles * padded_to, 1, padded_to, nullptr},
-            {1, count, patches + position * patch_step, 0, padded_from, 0, 0, padded_to});
+            {1, count, patches + position * patch_step, 0, padded_from, 0, 0, padded_to, from,
+             false});
       }
 
       Vec<float> marks{};

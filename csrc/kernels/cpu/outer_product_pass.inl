@@ -84,11 +84,14 @@ void pack_group_panels(const ThreadPool& pool, bool serial, DType dtype, const v
   const int64_t vectors = ceil_div(channels, lanes);
   const int64_t panel = lanes * static_cast<int64_t>(steps.size());
   parallel_for(pool, groups * vectors, serial, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = i % vectors * lanes;
-      pack_panels<A>(dtype, weight, i / vectors * group_step + k * channel_step,
-                     std::min(lanes, channels - k), channel_step, steps, panels + i * panel);
-    }
+    with_storage<A>(dtype, [&](auto element) {
+      const auto* const first = static_cast<const decltype(element)*>(weight);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = i % vectors * lanes;
+        pack_panels(first + i / vectors * group_step + k * channel_step,
+                    std::min(lanes, channels - k), channel_step, steps, panels + i * panel);
+      }
+    });
   });
 }
 

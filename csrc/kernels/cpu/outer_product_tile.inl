@@ -5,13 +5,22 @@
 // multiply-adds. Pixels need not be neighbours, so rows of any width fill the
 // tile, and a source element is read where it lies: neither layout nor stride
 // asks for packing. 1x8, 2x6 and 3x4 are what 16 registers hold beside their
-// operands; with 32, the pointers to more than 8 pixels would not fit.
+// operands, 3x8 and 4x6 what 32 do; the pointers to more than 8 pixels would not fit.
 
 template <int KV>
-constexpr int kTilePixels = CNNK_VECTOR_REGISTERS >= 32 ? 8
+constexpr int kTilePixels = CNNK_VECTOR_REGISTERS >= 32 ? (KV == 4 ? 6 : 8)
                             : KV == 1                   ? 8
                             : KV == 2                   ? 6
                                                         : 4;
+
+// The vectors of the commonest tile.
+constexpr int kTileVectors = CNNK_VECTOR_REGISTERS >= 32 ? 4 : 2;
+
+// Products in one chain of a sum of `count`: the longer the sum, the longer the chain whose
+// error does not show beside the sum's.
+constexpr int64_t chain_length(int64_t count) {
+  return kSumLength * (count >= 1024 ? 4 : count >= 256 ? 2 : 1);
+}
 
 // A sequence of steps: element offsets of the source, the same for all pixels,
 // and vectors of channels that they are multiplied by.
@@ -49,11 +58,12 @@ CNNK_INLINE void outer_product_sum(const A* const (&source)[P], const OuterProdu
   }
 }
 
-// total[p][v] = the products of all steps, summed in chains of SumLength.
-template <class A, int KV, int P, int64_t SumLength = kSumLength>
+// total[p][v] = the products of all steps, summed in chains.
+template <class A, int KV, int P>
 CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProductSteps<A>& steps,
                                     int64_t first_vector, Vec<A> (&total)[P][KV]) {
-  if (steps.count <= SumLength) {
+  const int64_t chain = chain_length(steps.count);
+  if (steps.count <= chain) {
     outer_product_sum(source, steps, first_vector, 0, steps.count, total);
     return;
   }
@@ -62,9 +72,9 @@ CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProd
 #pragma GCC unroll 4
     for (int v = 0; v < KV; ++v) total[p][v] = Vec<A>{};
   }
-  for (int64_t begin = 0; begin < steps.count; begin += SumLength) {
+  for (int64_t begin = 0; begin < steps.count; begin += chain) {
     Vec<A> sum[P][KV];
-    outer_product_sum(source, steps, first_vector, begin, std::min(steps.count, begin + SumLength),
+    outer_product_sum(source, steps, first_vector, begin, std::min(steps.count, begin + chain),
                       sum);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
@@ -74,34 +84,28 @@ CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProd
   }
 }
 
-// Calls body(first vector, Constant<KV>) for tiles that cover `vectors`.
-template <class Body>
+// Calls body(first vector, Constant<KV>) for tiles that cover `vectors`: as many of Widest
+// as leave no tile of one vector, the others of one more or one less.
+template <int Widest = kTileVectors, class Body>
 CNNK_INLINE void for_each_vector_tile(int64_t vectors, Body&& body) {
-  int64_t v = 0;
-  if (vectors % 2 == 1 && vectors >= 3) {
-    body(v, Constant<3>{});
-    v += 3;
-  }
-  for (; vectors - v >= 2; v += 2) body(v, Constant<2>{});
-  if (v < vectors) body(v, Constant<1>{});
-}
-
-// Weights as panels, [vector of channels][step][lane], zero past the last
-// channel. Weight (channel, step) is at channel * channel_stride + steps[step].
-template <class A>
-void pack_panels(DType dtype, const void* weight, int64_t at, int64_t channels,
-                 int64_t channel_stride, const std::vector<int64_t>& steps, A* panels) {
-  constexpr int64_t lanes = kLanes<A>;
-  const int64_t count = static_cast<int64_t>(steps.size());
-  with_storage<A>(dtype, [&](auto element) {
-    const auto* const from = static_cast<const decltype(element)*>(weight) + at;
-    for (int64_t k = 0; k < round_up(channels, lanes); ++k) {
-      A* const to = panels + k / lanes * lanes * count + k % lanes;
-      for (int64_t i = 0; i < count; ++i) {
-        to[i * lanes] = k < channels ? widen(from[k * channel_stride + steps[i]]) : A{0};
-      }
+  constexpr int other = Widest == 2 ? 3 : Widest - 1;
+  for (int64_t v = 0, left = vectors; left > 0; left = vectors - v) {
+    if (left == 1) {
+      body(v, Constant<1>{});
+      return;
     }
-  });
+    if (left == 2) {
+      body(v, Constant<2>{});
+      return;
+    }
+    if (left % Widest == 0) {
+      body(v, Constant<Widest>{});
+      v += Widest;
+    } else {
+      body(v, Constant<other>{});
+      v += other;
+    }
+  }
 }
 
 // Full-width interleaving of two vectors: a0 b0 a1 b1 …
@@ -135,5 +139,49 @@ CNNK_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
+// Weights as panels, [vector of channels][step][lane], zero past the last
+// channel. Weight (channel, step) is at channel * channel_stride + steps[step].
+template <class T>
+void pack_panels(const T* weight, int64_t channels, int64_t channel_stride,
+                 const std::vector<int64_t>& steps, Accumulator<T>* panels) {
+  using A = Accumulator<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t count = static_cast<int64_t>(steps.size());
+  const int64_t* const step = steps.data();
+  const auto consecutive = [&](int64_t i) {
+    for (int64_t j = 1; j < lanes; ++j) {
+      if (step[i + j] != step[i] + j) return false;
+    }
+    return true;
+  };
+  for (int64_t k0 = 0; k0 < channels; k0 += lanes, panels += lanes * count) {
+    const int64_t vector = std::min(lanes, channels - k0);
+    const T* const from = weight + k0 * channel_stride;
+    for (int64_t i = 0; i < count;) {
+      A* const to = panels + i * lanes;
+      if (channel_stride == 1) {
+        store(to,
+              vector == lanes ? load_widened(from + step[i]) : load_head(from + step[i], vector));
+        ++i;
+      } else if (i + lanes <= count && consecutive(i)) {
+        Vec<A> square[lanes];
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < lanes; ++k) {
+          square[k] = k < vector ? load_widened(from + k * channel_stride + step[i]) : Vec<A>{};
+        }
+        transpose<A>(square);
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < lanes; ++j) store(to + j * lanes, square[j]);
+        i += lanes;
+      } else {
+        for (int64_t k = 0; k < lanes; ++k) {
+          to[k] = k < vector ? widen(from[k * channel_stride + step[i]]) : A{0};
+        }
+        ++i;
+      }
+    }
   }
 }
