@@ -196,6 +196,27 @@ int64_t panel_elements(const Conv2dProblem& problem, Isa isa, int64_t from_chann
          (from_channels / problem.groups) * problem.kernel_height * problem.kernel_width;
 }
 
+// Cuts a pass of outer products to `to` channels a group into tasks: rows of an image, and,
+// where too few pixels would share the reading of the weights, ranges of channels.
+// A row of results packs `row_bytes`, and a task `border_bytes` more.
+void cut_into_tasks(Conv2dPlan& plan, const Conv2dProblem& problem, int64_t to, int64_t rows,
+                    int64_t columns, int64_t row_bytes, int64_t border_bytes) {
+  constexpr int64_t kFewestPixels = 192;
+  const int64_t tasks = problem.batch * problem.groups;
+  const int64_t wanted =
+      plan.threads == 1 ? 1 : ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, tasks));
+  const int64_t shared = std::clamp<int64_t>(wanted, 1, rows * columns / kFewestPixels + 1);
+  const int64_t cached =
+      row_bytes == 0 ? rows : std::max<int64_t>(1, (kPackedChunkBytes - border_bytes) / row_bytes);
+  const int64_t blocks = std::max(std::min(shared, rows), ceil_div(rows, cached));
+  plan.images_per_chunk = problem.batch;
+  plan.rows_per_task = std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(1, blocks)));
+  const int64_t ranges =
+      std::min(ceil_div(wanted, blocks), ceil_div(to, int64_t{plan.vector_lanes}));
+  plan.channels_per_task = round_up(ceil_div(to, std::max<int64_t>(1, ranges)), plan.vector_lanes);
+  plan.workspace_bytes = plan.threads * (border_bytes + plan.rows_per_task * row_bytes);
+}
+
 // Whether the outer product's forward pass reads the input where it lies.
 bool forward_in_place(const Conv2dProblem& problem) {
   const PackedPlanes packed = packed_input(problem, 1);
@@ -416,13 +437,14 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
                     problem.in_channels / problem.groups, problem.out_channels / problem.groups);
   }
   if (algorithm == ConvAlgorithm::outer_product) {
-    const bool in_place = forward_in_place(problem);
-    Conv2dPlan plan =
-        pass_plan(problem, algorithm, isa, threads,
-                  in_place ? 0 : problem.in_channels * packed_input(problem, 1).plane(), 1,
-                  problem.out_height);
-    plan.channels_per_task = problem.out_channels / problem.groups;
-    plan.in_place = in_place;
+    Conv2dPlan plan = pass_plan(problem, algorithm, isa, threads, 0, 1, problem.out_height);
+    plan.in_place = forward_in_place(problem);
+    const int64_t row = plan.in_place ? 0
+                                      : accumulator_size(problem.dtype) * problem.in_channels *
+                                            packed_input(problem, 1).row_length;
+    const int64_t border = (problem.kernel_height - 1) * problem.dilation_h + 1 - problem.stride_h;
+    cut_into_tasks(plan, problem, problem.out_channels / problem.groups, problem.out_height,
+                   problem.out_width, problem.stride_h * row, border * row);
     plan.workspace_bytes +=
         panel_elements(problem, isa, problem.in_channels, problem.out_channels) *
         accumulator_size(problem.dtype);
@@ -460,20 +482,22 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
   const GradientBorder columns =
       gradient_border(problem.in_width, problem.kernel_width, problem.stride_w, problem.pad_left,
                       problem.dilation_w);
-  const bool outer = algorithm == ConvAlgorithm::outer_product;
-  const bool in_place = outer && of_accumulator_type(problem) && rows.before == 0 &&
-                        columns.before == 0 && rows.size <= problem.out_height &&
-                        columns.size <= problem.out_width;
-  Conv2dPlan plan = pass_plan(problem, algorithm, isa, threads,
-                              in_place ? 0 : problem.out_channels * rows.size * columns.size,
-                              problem.in_channels / problem.groups,
-                              ceil_div(problem.in_height, problem.stride_h));
-  plan.in_place = in_place;
-  if (outer) {
-    plan.workspace_bytes +=
-        panel_elements(problem, isa, problem.out_channels, problem.in_channels) *
-        accumulator_size(problem.dtype);
+  const int64_t group_in = problem.in_channels / problem.groups;
+  const int64_t class_rows = ceil_div(problem.in_height, problem.stride_h);
+  if (algorithm == ConvAlgorithm::direct) {
+    return pass_plan(problem, algorithm, isa, threads,
+                     problem.out_channels * rows.size * columns.size, group_in, class_rows);
   }
+  Conv2dPlan plan = pass_plan(problem, algorithm, isa, threads, 0, 1, class_rows);
+  plan.in_place = of_accumulator_type(problem) && rows.before == 0 && columns.before == 0 &&
+                  rows.size <= problem.out_height && columns.size <= problem.out_width;
+  const int64_t row =
+      plan.in_place ? 0 : accumulator_size(problem.dtype) * problem.out_channels * columns.size;
+  const int64_t border = rows.before + ceil_div(problem.pad_top, problem.stride_h);
+  cut_into_tasks(plan, problem, group_in, class_rows, ceil_div(problem.in_width, problem.stride_w),
+                 row, border * row);
+  plan.workspace_bytes += panel_elements(problem, isa, problem.out_channels, problem.in_channels) *
+                          accumulator_size(problem.dtype);
   return plan;
 }
 

@@ -20,13 +20,15 @@ Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& pro
   Conv2dReluMaxPool2dPlan plan;
   static_cast<Conv2dPlan&>(plan) = plan_forward(problem.conv, algorithm, isa, threads);
   plan.pool_in_registers = pools_in_registers(window);
-  if (algorithm == ConvAlgorithm::direct) {
-    // The direct block always packs: its phases are not the convolution's.
-    plan.in_place = false;
-    plan.workspace_bytes = plan.images_per_chunk * problem.conv.in_channels *
-                           packed_input(problem.conv, problem.conv.stride_w).plane() *
-                           accumulator_size(problem.conv.dtype);
+  if (algorithm == ConvAlgorithm::outer_product) {
+    plan.rows_per_task = std::max<int64_t>(1, plan.rows_per_task / 2);
+    return plan;
   }
+  // The direct block always packs: its phases are not the convolution's.
+  plan.in_place = false;
+  plan.workspace_bytes = plan.images_per_chunk * problem.conv.in_channels *
+                         packed_input(problem.conv, problem.conv.stride_w).plane() *
+                         accumulator_size(problem.conv.dtype);
   // A band of convolution rows of all its channels should fit in the cache.
   const int64_t row_bytes = plan.channels_per_task * problem.conv.out_width *
                             accumulator_size(problem.conv.dtype) * window.stride_h;

@@ -17,7 +17,8 @@
 template <class A>
 void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
              const void* input, const void* weight, const void* bias, void* output) {
-  const BorderedImages images = forward_images(problem, plan.in_place);
+  const PassSource source = forward_source(problem, plan, input, 1);
+  const BorderedImages& images = source.images;
   const PlaneSource destination =
       plane_source(problem.layout, problem.out_channels, problem.out_height, problem.out_width);
   const int64_t output_image =
@@ -25,14 +26,14 @@ void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
   // Whether a task reads all elements of consecutive pixels, from memory.
   const bool dense = plan.in_place && problem.layout == Layout::nhwc && problem.groups == 1 &&
                      problem.stride_h == 1 && problem.stride_w == 1;
-  forward_pass<A>(problem, plan, pool, images, input, weight, bias, problem.out_height,
+  forward_pass<A>(problem, plan, pool, source, weight, bias, problem.out_height,
                   [&](const ForwardTask<A>& task) {
                     const ChannelsOut<A> out = {problem.dtype, output, destination.channel_stride,
-                                                problem.out_channels / problem.groups, task.bias};
+                                                task.channels, task.bias};
                     const PixelBlock<A> block = {
                         task.y1 - task.y0,
                         problem.out_width,
-                        task.source + task.y0 * problem.stride_h * images.row,
+                        task.source,
                         problem.stride_h * images.row,
                         problem.stride_w * images.column,
                         task.image * output_image + task.channel * destination.channel_stride +
@@ -60,11 +61,23 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
   const GradientBorder border_w =
       gradient_border(problem.in_width, problem.kernel_width, problem.stride_w, problem.pad_left,
                       problem.dilation_w);
-  const BorderedImages images =
-      plan.in_place
-          ? bordered_images(problem.layout, problem.out_channels, problem.out_height,
-                            problem.out_width)
-          : bordered_images(problem.layout, problem.out_channels, border_h.size, border_w.size);
+  // The rows that a task reads begin before its first and end after its last, by a border
+  // and where a class is counted from within the padding.
+  const int64_t task_rows =
+      plan.rows_per_task + border_h.before + ceil_div(problem.pad_top, problem.stride_h);
+  const PassSource source = {problem.dtype,
+                             grad_output,
+                             problem.out_height,
+                             problem.out_width,
+                             border_h.before,
+                             border_w.before,
+                             1,
+                             plan.in_place,
+                             plan.in_place ? bordered_images(problem.layout, problem.out_channels,
+                                                             problem.out_height, problem.out_width)
+                                           : bordered_images(problem.layout, problem.out_channels,
+                                                             task_rows, border_w.size)};
+  const BorderedImages& images = source.images;
 
   struct Phase {
     GradientPhase rows, columns;
@@ -104,10 +117,8 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
     }
   }
 
-  const int64_t packed_count = plan.in_place ? 0 : plan.images_per_chunk * images.image;
-  const Workspace workspace((panel_count + packed_count) * static_cast<int64_t>(sizeof(A)));
+  const Workspace workspace(panel_count * static_cast<int64_t>(sizeof(A)));
   A* const panels = workspace.as<A>();
-  A* const packed_data = panels + panel_count;
   for (const Phase& phase : phases) {
     pack_group_panels(pool, serial, problem.dtype, weight, problem.groups,
                       group_out * problem.weight_stride_k, group_in, problem.weight_stride_c,
@@ -118,59 +129,38 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
       plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
   const int64_t input_image =
       image_stride(problem.in_channels, problem.in_height, problem.in_width);
-  const int64_t output_image =
-      image_stride(problem.out_channels, problem.out_height, problem.out_width);
-  const int64_t row_blocks =
-      ceil_div(ceil_div(problem.in_height, problem.stride_h), plan.rows_per_task);
-  for (int64_t n0 = 0; n0 < problem.batch; n0 += plan.images_per_chunk) {
-    const int64_t chunk = std::min(plan.images_per_chunk, problem.batch - n0);
-    if (!plan.in_place) {
-      parallel_for(pool, chunk, serial, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          pack_bordered<A>(problem.dtype, grad_output, (n0 + i) * output_image, problem.out_height,
-                           problem.out_width, border_h.before, border_w.before, images,
-                           packed_data + i * images.image);
+  const int64_t ranges = ceil_div(group_in, plan.channels_per_task);
+  for_each_row_task<A>(
+      plan, pool, source, problem.batch, ceil_div(problem.in_height, problem.stride_h),
+      problem.groups * ranges, [&](const RowTask<A>& task) {
+        const int64_t group = task.part / ranges;
+        const int64_t c = task.part % ranges * plan.channels_per_task;
+        const ChannelsOut<A> out = {problem.dtype, grad_input, destination.channel_stride,
+                                    std::min(plan.channels_per_task, group_in - c), nullptr};
+        for (const Phase& phase : phases) {
+          const int64_t rows = std::min(plan.rows_per_task, phase.rows.count - task.y0);
+          if (rows <= 0) continue;
+          const int64_t steps = static_cast<int64_t>(phase.source.size());
+          const PixelBlock<A> block = {
+              rows,
+              phase.columns.count,
+              task.source + group * group_out * images.channel +
+                  phase.rows.packed_first * images.row + phase.columns.packed_first * images.column,
+              images.row,
+              images.column,
+              task.image * input_image + (group * group_in + c) * destination.channel_stride +
+                  (phase.rows.first + task.y0 * problem.stride_h) * destination.row_stride +
+                  phase.columns.first * destination.column_stride,
+              problem.stride_h * destination.row_stride,
+              problem.stride_w * destination.column_stride,
+              group_out,
+              plan.in_place && problem.layout == Layout::nhwc && problem.groups == 1};
+          outer_product_block(
+              OuterProductSteps<A>{
+                  phase.source.data(), steps,
+                  panels + phase.panels + group * round_up(group_in, lanes) * steps + c * steps,
+                  steps * lanes, lanes},
+              out, block);
         }
       });
-    }
-    const A* const source =
-        plan.in_place ? static_cast<const A*>(grad_output) + n0 * output_image : packed_data;
-    parallel_for(pool, chunk * problem.groups * row_blocks, serial,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t task = begin; task < end; ++task) {
-                     const int64_t j0 = task % row_blocks * plan.rows_per_task;
-                     const int64_t group = task / row_blocks % problem.groups;
-                     const int64_t image = task / row_blocks / problem.groups;
-                     const int64_t c = group * group_in;
-                     const ChannelsOut<A> out = {problem.dtype, grad_input,
-                                                 destination.channel_stride, group_in, nullptr};
-                     for (const Phase& phase : phases) {
-                       const int64_t rows = std::min(plan.rows_per_task, phase.rows.count - j0);
-                       if (rows <= 0) continue;
-                       const int64_t steps = static_cast<int64_t>(phase.source.size());
-                       const PixelBlock<A> block = {
-                           rows,
-                           phase.columns.count,
-                           source + image * images.image + group * group_out * images.channel +
-                               (phase.rows.packed_first + j0) * images.row +
-                               phase.columns.packed_first * images.column,
-                           images.row,
-                           images.column,
-                           (n0 + image) * input_image + c * destination.channel_stride +
-                               (phase.rows.first + j0 * problem.stride_h) * destination.row_stride +
-                               phase.columns.first * destination.column_stride,
-                           problem.stride_h * destination.row_stride,
-                           problem.stride_w * destination.column_stride,
-                           group_out,
-                           plan.in_place && problem.layout == Layout::nhwc && problem.groups == 1};
-                       outer_product_block(
-                           OuterProductSteps<A>{
-                               phase.source.data(), steps,
-                               panels + phase.panels + group * round_up(group_in, lanes) * steps,
-                               steps * lanes, lanes},
-                           out, block);
-                     }
-                   }
-                 });
-  }
 }

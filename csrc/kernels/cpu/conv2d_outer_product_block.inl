@@ -153,7 +153,7 @@ void outer_product_vectors(const OuterProductSteps<A>& steps, const ChannelsOut<
 template <class A>
 void outer_product_block(const OuterProductSteps<A>& steps, const ChannelsOut<A>& out,
                          PixelBlock<A> block) {
-  constexpr int64_t kElements = 32 * 1024, kFewestPixels = 96;
+  constexpr int64_t kElements = 64 * 1024, kFewestPixels = 96;
   // Rows that follow one another without a gap are one.
   if (block.source_row == block.columns * block.source_column &&
       block.out_row == block.columns * block.out_column) {

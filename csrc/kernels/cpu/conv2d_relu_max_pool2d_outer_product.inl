@@ -88,16 +88,17 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
              void* output, void* argmax) {
   const Conv2dProblem& conv = problem.conv;
   const MaxPool2dProblem& window = problem.pool;
-  const BorderedImages images = forward_images(conv, plan.in_place);
+  const PassSource source = forward_source(conv, plan, input, 2);
+  const BorderedImages& images = source.images;
   const PlaneSource destination =
       plane_source(window.layout, window.channels, window.out_height, window.out_width);
   const int64_t output_image = image_stride(window.channels, window.out_height, window.out_width);
-  forward_pass<A>(conv, plan, pool, images, input, weight, bias, window.out_height,
+  forward_pass<A>(conv, plan, pool, source, weight, bias, window.out_height,
                   [&](const ForwardTask<A>& task) {
                     const WindowBlock<A> block = {
                         task.y1 - task.y0,
                         window.out_width,
-                        task.source + 2 * task.y0 * conv.stride_h * images.row,
+                        task.source,
                         conv.stride_h * images.row,
                         conv.stride_w * images.column,
                         conv.dtype,
@@ -108,7 +109,7 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
                         destination.row_stride,
                         destination.column_stride,
                         destination.channel_stride,
-                        conv.out_channels / conv.groups,
+                        task.channels,
                         task.bias};
                     for_each_vector_tile<CNNK_VECTOR_REGISTERS >= 32 ? 3 : 2>(
                         ceil_div(block.channels, kLanes<A>), [&](int64_t v, auto vectors) {

@@ -25,17 +25,65 @@ inline BorderedImages bordered_images(Layout layout, int64_t channels, int64_t r
           image_stride(channels, rows, columns)};
 }
 
-// Copies one image of height x width, which starts at element `at`, into a
-// border of zeros.
+// What the tasks of a pass read. In place, `images` are those in memory; else a task packs
+// the rows that it reads, with their border of zeros, as `images` says.
+struct PassSource {
+  DType dtype;
+  const void* data;
+  int64_t height, width;
+  int64_t top, left;  // border
+  int64_t row_step;   // rows of the source from one row of results to the next
+  bool in_place;
+  BorderedImages images;
+};
+
 template <class A>
-void pack_bordered(DType dtype, const void* images, int64_t at, int64_t height, int64_t width,
-                   int64_t top, int64_t left, const BorderedImages& to, A* out) {
+void pack_rows(const PassSource& source, int64_t image, int64_t first_row, A* out) {
   // A row of pixels of channels is packed as one wide row of one plane.
+  const BorderedImages& to = source.images;
   const bool planes = to.layout == Layout::nchw;
   const int64_t pixel = planes ? 1 : to.channels;
-  const PlaneSource source = {height, width * pixel, height * width, width * pixel, 1};
-  const PackedPlanes packed = {top, left * pixel, to.rows, 1, to.columns * pixel};
-  pack_planes_as<A>(dtype, images, at, source, planes ? to.channels : 1, packed, A{0}, out);
+  const PlaneSource from = {source.height, source.width * pixel, source.height * source.width,
+                            source.width * pixel, 1};
+  const PackedPlanes packed = {source.top - first_row, source.left * pixel, to.rows, 1,
+                               to.columns * pixel};
+  pack_planes_as<A>(source.dtype, source.data,
+                    image * image_stride(to.channels, source.height, source.width), from,
+                    planes ? to.channels : 1, packed, A{0}, out);
+}
+
+// Rows [y0, y1) of an image's results, of one part of their channels.
+template <class A>
+struct RowTask {
+  int64_t image, part;
+  int64_t y0, y1;
+  const A* source;  // of the first channel and column, in the first row that y0 reads
+};
+
+// Calls body(task) in parallel for tasks of plan.rows_per_task rows. The parts of the same
+// rows follow one another and read what has been packed once.
+template <class A, class Body>
+void for_each_row_task(const Conv2dPlan& plan, const ThreadPool& pool, const PassSource& source,
+                       int64_t batch, int64_t rows, int64_t parts, Body&& body) {
+  const BorderedImages& images = source.images;
+  const int64_t blocks = ceil_div(rows, plan.rows_per_task);
+  parallel_for(pool, batch * blocks * parts, plan.threads == 1, [&](int64_t begin, int64_t end) {
+    const Workspace workspace(source.in_place ? 0 : images.image * static_cast<int64_t>(sizeof(A)));
+    A* const packed = workspace.as<A>();
+    for (int64_t i = begin; i < end; ++i) {
+      RowTask<A> task = {i / parts / blocks, i % parts, i / parts % blocks * plan.rows_per_task, 0,
+                         packed};
+      task.y1 = std::min(rows, task.y0 + plan.rows_per_task);
+      const int64_t first_row = task.y0 * source.row_step;
+      if (source.in_place) {
+        task.source =
+            static_cast<const A*>(source.data) + task.image * images.image + first_row * images.row;
+      } else if (i == begin || task.part == 0) {
+        pack_rows(source, task.image, first_row, packed);
+      }
+      body(task);
+    }
+  });
 }
 
 // The forward pass's steps: of the source and of the weights, in the order in
@@ -95,83 +143,74 @@ void pack_group_panels(const ThreadPool& pool, bool serial, DType dtype, const v
   });
 }
 
-// The bordered images that the forward pass and the weight gradient read.
-inline BorderedImages forward_images(const Conv2dProblem& problem, bool in_place) {
-  const PackedPlanes packed = packed_input(problem, 1);
-  return in_place
-             ? bordered_images(problem.layout, problem.in_channels, problem.in_height,
-                               problem.in_width)
-             : bordered_images(problem.layout, problem.in_channels, packed.rows, packed.row_length);
+// What the forward pass reads for rows of results, each of `outputs` rows of outputs.
+inline PassSource forward_source(const Conv2dProblem& problem, const Conv2dPlan& plan,
+                                 const void* input, int64_t outputs) {
+  const int64_t rows = (plan.rows_per_task * outputs - 1) * problem.stride_h +
+                       (problem.kernel_height - 1) * problem.dilation_h + 1;
+  const int64_t columns = packed_input(problem, 1).row_length;
+  return {problem.dtype,
+          input,
+          problem.in_height,
+          problem.in_width,
+          problem.pad_top,
+          problem.pad_left,
+          outputs * problem.stride_h,
+          plan.in_place,
+          plan.in_place ? bordered_images(problem.layout, problem.in_channels, problem.in_height,
+                                          problem.in_width)
+                        : bordered_images(problem.layout, problem.in_channels, rows, columns)};
 }
 
-// What a task of a forward pass computes: rows [y0, y1) of one image and group.
+// What a task of a forward pass computes: rows of some channels of a group.
 template <class A>
 struct ForwardTask {
   OuterProductSteps<A> steps;
-  const A* source;  // of the first input channel, row 0
-  const A* bias;    // of the first output channel, or null
-  int64_t image;    // of the batch
-  int64_t channel;  // the first output channel
+  const A* source;   // of the group's first channel, in the first row that y0 reads
+  const A* bias;     // of the first channel, or null
+  int64_t image;     // of the batch
+  int64_t channel;   // the first
+  int64_t channels;  // how many
   int64_t y0, y1;
 };
 
-// Packs what needs packing and calls body(task) in parallel for tasks that cut
-// `rows` rows into plan.rows_per_task.
+// Packs the weights and calls body(task) in parallel for tasks that cut `rows` rows.
 template <class A, class Body>
 void forward_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
-                  const BorderedImages& images, const void* input, const void* weight,
-                  const void* bias_data, int64_t rows, Body&& body) {
+                  const PassSource& source, const void* weight, const void* bias_data, int64_t rows,
+                  Body&& body) {
   constexpr int64_t lanes = kLanes<A>;
   const bool serial = plan.threads == 1;
   const int64_t group_in = problem.in_channels / problem.groups;
   const int64_t group_out = problem.out_channels / problem.groups;
   const WeightStrides weights = weight_strides(problem);
-  const ForwardSteps list = forward_steps(problem, images, weights);
+  const ForwardSteps list = forward_steps(problem, source.images, weights);
   const int64_t steps = static_cast<int64_t>(list.source.size());
   const int64_t group_panels = round_up(group_out, lanes) * steps;
 
-  const int64_t packed_count = plan.in_place ? 0 : plan.images_per_chunk * images.image;
-  const Workspace workspace((problem.groups * group_panels + packed_count + problem.out_channels) *
+  const Workspace workspace((problem.groups * group_panels + problem.out_channels) *
                             static_cast<int64_t>(sizeof(A)));
   A* const panels = workspace.as<A>();
-  A* const packed_data = panels + problem.groups * group_panels;
-  const A* const bias =
-      widened_bias<A>(problem.dtype, bias_data, problem.out_channels, packed_data + packed_count);
+  const A* const bias = widened_bias<A>(problem.dtype, bias_data, problem.out_channels,
+                                        panels + problem.groups * group_panels);
   pack_group_panels(pool, serial, problem.dtype, weight, problem.groups,
                     group_out * weights.stride_k, group_out, weights.stride_k, list.weight, panels);
 
-  const int64_t input_image =
-      image_stride(problem.in_channels, problem.in_height, problem.in_width);
-  const int64_t row_blocks = ceil_div(rows, plan.rows_per_task);
-  for (int64_t n0 = 0; n0 < problem.batch; n0 += plan.images_per_chunk) {
-    const int64_t chunk = std::min(plan.images_per_chunk, problem.batch - n0);
-    if (!plan.in_place) {
-      parallel_for(pool, chunk, serial, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          pack_bordered<A>(problem.dtype, input, (n0 + i) * input_image, problem.in_height,
-                           problem.in_width, problem.pad_top, problem.pad_left, images,
-                           packed_data + i * images.image);
-        }
+  const int64_t ranges = ceil_div(group_out, plan.channels_per_task);
+  for_each_row_task<A>(
+      plan, pool, source, problem.batch, rows, problem.groups * ranges,
+      [&](const RowTask<A>& task) {
+        const int64_t group = task.part / ranges;
+        const int64_t k = task.part % ranges * plan.channels_per_task;
+        const int64_t channel = group * group_out + k;
+        body(ForwardTask<A>{{list.source.data(), steps, panels + group * group_panels + k * steps,
+                             steps * lanes, lanes},
+                            task.source + group * group_in * source.images.channel,
+                            bias != nullptr ? bias + channel : nullptr,
+                            task.image,
+                            channel,
+                            std::min(plan.channels_per_task, group_out - k),
+                            task.y0,
+                            task.y1});
       });
-    }
-    const A* const source =
-        plan.in_place ? static_cast<const A*>(input) + n0 * input_image : packed_data;
-    const int64_t tasks = chunk * problem.groups * row_blocks;
-    parallel_for(pool, tasks, serial, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t y0 = i % row_blocks * plan.rows_per_task;
-        const int64_t group = i / row_blocks % problem.groups;
-        const int64_t image = i / row_blocks / problem.groups;
-        const int64_t channel = group * group_out;
-        body(ForwardTask<A>{
-            {list.source.data(), steps, panels + group * group_panels, steps * lanes, lanes},
-            source + image * images.image + group * group_in * images.channel,
-            bias != nullptr ? bias + channel : nullptr,
-            n0 + image,
-            channel,
-            y0,
-            std::min(rows, y0 + plan.rows_per_task)});
-      }
-    });
-  }
 }
