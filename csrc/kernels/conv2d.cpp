@@ -47,6 +47,7 @@ Conv2dPlan pass_plan(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa 
   plan.amx_order = AmxOrder::chunks;
   plan.channels_per_slice = 0;
   plan.in_place = false;
+  plan.weights_first = false;
   plan.workspace_bytes = plan.images_per_chunk * image_bytes;
   return plan;
 }
@@ -101,7 +102,7 @@ double outer_product_cost(const Pass& pass, Layout layout, int64_t lanes, int64_
   const double pixels = static_cast<double>(std::max(kTile, pass.rows * pass.columns));
   const double store = layout == Layout::nchw ? 6 : pass.channels % lanes == 0 ? 3 : 12;
   const double panels =
-      2.0 * static_cast<double>(pass.steps() * vectors * lanes) / static_cast<double>(batch);
+      0.7 * static_cast<double>(pass.steps() * vectors * lanes) / static_cast<double>(batch);
   return pixels * static_cast<double>(vectors) *
              (0.62 * static_cast<double>(pass.steps()) + store) +
          panels;
@@ -189,32 +190,47 @@ ConvAlgorithm cheapest(const Pass& pass, double amx, const Conv2dProblem& proble
   return best;
 }
 
-// Elements of the panels of a group's weights.
-int64_t panel_elements(const Conv2dProblem& problem, Isa isa, int64_t from_channels,
-                       int64_t to_channels) {
-  return problem.groups * round_up(to_channels / problem.groups, lanes_of(problem, isa)) *
-         (from_channels / problem.groups) * problem.kernel_height * problem.kernel_width;
-}
-
-// Cuts a pass of outer products to `to` channels a group into tasks: rows of an image, and,
-// where too few pixels would share the reading of the weights, ranges of channels.
-// A row of results packs `row_bytes`, and a task `border_bytes` more.
-void cut_into_tasks(Conv2dPlan& plan, const Conv2dProblem& problem, int64_t to, int64_t rows,
-                    int64_t columns, int64_t row_bytes, int64_t border_bytes) {
+// Cuts a pass of outer products from `from` channels a group to `to` into tasks: rows of an
+// image, and, where too few pixels would share the reading of the weights, ranges of
+// channels. A row of results packs `row_bytes`, and a task `border_bytes` more.
+void cut_into_tasks(Conv2dPlan& plan, const Conv2dProblem& problem, int64_t from, int64_t to,
+                    int64_t rows, int64_t columns, int64_t row_bytes, int64_t border_bytes) {
+  // Panels that stay in a second-level cache, and sources that do beside a part of them.
+  constexpr int64_t kFewPanelBytes = 1024 * 1024, kFewSourceBytes = 1536 * 1024;
   constexpr int64_t kFewestPixels = 192;
-  const int64_t tasks = problem.batch * problem.groups;
-  const int64_t wanted =
-      plan.threads == 1 ? 1 : ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, tasks));
-  const int64_t shared = std::clamp<int64_t>(wanted, 1, rows * columns / kFewestPixels + 1);
-  const int64_t cached =
-      row_bytes == 0 ? rows : std::max<int64_t>(1, (kPackedChunkBytes - border_bytes) / row_bytes);
-  const int64_t blocks = std::max(std::min(shared, rows), ceil_div(rows, cached));
+  const int64_t size = accumulator_size(problem.dtype);
+  const int64_t panel_bytes = size * problem.groups * from * problem.kernel_height *
+                              problem.kernel_width * round_up(to, plan.vector_lanes);
+  const int64_t source_bytes =
+      problem.batch * (plan.in_place ? size * problem.groups * from * rows * columns
+                                     : border_bytes + rows * row_bytes);
   plan.images_per_chunk = problem.batch;
+  if (panel_bytes > kFewPanelBytes && panel_bytes > source_bytes &&
+      source_bytes <= kFewSourceBytes) {
+    plan.weights_first = true;
+    plan.rows_per_task = std::max<int64_t>(1, rows);
+    const int64_t tile = plan.isa >= Isa::avx512 ? 4 : 2;
+    plan.channels_per_task = tile * plan.vector_lanes;
+    plan.workspace_bytes =
+        (plan.in_place ? 0 : source_bytes) +
+        plan.threads * panel_bytes / std::max<int64_t>(1, to / plan.channels_per_task);
+    return;
+  }
+  const int64_t tasks = std::max<int64_t>(1, problem.batch * problem.groups);
+  const int64_t wanted = plan.threads == 1 ? 1 : ceil_div(4 * int64_t{plan.threads}, tasks);
+  // As many blocks of rows as pixels allow; ranges make them the number wanted.
+  int64_t blocks = std::min({wanted, rows, rows * columns / kFewestPixels + 1});
+  while (blocks > 1 && wanted % blocks != 0) --blocks;
+  const int64_t ranges = std::min(ceil_div(wanted, std::max<int64_t>(1, blocks)),
+                                  ceil_div(to, int64_t{plan.vector_lanes}));
+  if (row_bytes > 0) {
+    const int64_t cached = std::max<int64_t>(1, (kPackedChunkBytes - border_bytes) / row_bytes);
+    blocks = std::max(blocks, ceil_div(rows, cached));
+  }
   plan.rows_per_task = std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(1, blocks)));
-  const int64_t ranges =
-      std::min(ceil_div(wanted, blocks), ceil_div(to, int64_t{plan.vector_lanes}));
   plan.channels_per_task = round_up(ceil_div(to, std::max<int64_t>(1, ranges)), plan.vector_lanes);
-  plan.workspace_bytes = plan.threads * (border_bytes + plan.rows_per_task * row_bytes);
+  plan.workspace_bytes =
+      panel_bytes + plan.threads * (border_bytes + plan.rows_per_task * row_bytes);
 }
 
 // Whether the outer product's forward pass reads the input where it lies.
@@ -443,11 +459,9 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
                                       : accumulator_size(problem.dtype) * problem.in_channels *
                                             packed_input(problem, 1).row_length;
     const int64_t border = (problem.kernel_height - 1) * problem.dilation_h + 1 - problem.stride_h;
-    cut_into_tasks(plan, problem, problem.out_channels / problem.groups, problem.out_height,
-                   problem.out_width, problem.stride_h * row, border * row);
-    plan.workspace_bytes +=
-        panel_elements(problem, isa, problem.in_channels, problem.out_channels) *
-        accumulator_size(problem.dtype);
+    cut_into_tasks(plan, problem, problem.in_channels / problem.groups,
+                   problem.out_channels / problem.groups, problem.out_height, problem.out_width,
+                   problem.stride_h * row, border * row);
     return plan;
   }
   const PackedPlanes packed = packed_input(problem, problem.stride_w);
@@ -494,10 +508,8 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
   const int64_t row =
       plan.in_place ? 0 : accumulator_size(problem.dtype) * problem.out_channels * columns.size;
   const int64_t border = rows.before + ceil_div(problem.pad_top, problem.stride_h);
-  cut_into_tasks(plan, problem, group_in, class_rows, ceil_div(problem.in_width, problem.stride_w),
-                 row, border * row);
-  plan.workspace_bytes += panel_elements(problem, isa, problem.out_channels, problem.in_channels) *
-                          accumulator_size(problem.dtype);
+  cut_into_tasks(plan, problem, problem.out_channels / problem.groups, group_in, class_rows,
+                 ceil_div(problem.in_width, problem.stride_w), row, border * row);
   return plan;
 }
 

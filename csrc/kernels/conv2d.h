@@ -83,6 +83,7 @@ struct Conv2dPlan {
   AmxOrder amx_order;
   int64_t channels_per_slice;  // few_pixels: source channels packed at a time
   bool in_place;               // reads the input where it lies, without packing
+  bool weights_first;          // outer_product: all pixels with some weights, then the next
   int64_t workspace_bytes;
 };
 

@@ -21,7 +21,8 @@ Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& pro
   static_cast<Conv2dPlan&>(plan) = plan_forward(problem.conv, algorithm, isa, threads);
   plan.pool_in_registers = pools_in_registers(window);
   if (algorithm == ConvAlgorithm::outer_product) {
-    plan.rows_per_task = std::max<int64_t>(1, plan.rows_per_task / 2);
+    plan.rows_per_task =
+        plan.weights_first ? window.out_height : std::max<int64_t>(1, plan.rows_per_task / 2);
     return plan;
   }
   // The direct block always packs: its phases are not the convolution's.

@@ -24,8 +24,8 @@ void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
   const int64_t output_image =
       image_stride(problem.out_channels, problem.out_height, problem.out_width);
   // Whether a task reads all elements of consecutive pixels, from memory.
-  const bool dense = plan.in_place && problem.layout == Layout::nhwc && problem.groups == 1 &&
-                     problem.stride_h == 1 && problem.stride_w == 1;
+  const bool dense = plan.in_place && !plan.weights_first && problem.layout == Layout::nhwc &&
+                     problem.groups == 1 && problem.stride_h == 1 && problem.stride_w == 1;
   forward_pass<A>(problem, plan, pool, source, weight, bias, problem.out_height,
                   [&](const ForwardTask<A>& task) {
                     const ChannelsOut<A> out = {problem.dtype, output, destination.channel_stride,
@@ -52,7 +52,6 @@ template <class A>
 void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                     const void* grad_output, const void* weight, void* grad_input) {
   constexpr int64_t lanes = kLanes<A>;
-  const bool serial = plan.threads == 1;
   const int64_t group_in = problem.in_channels / problem.groups;
   const int64_t group_out = problem.out_channels / problem.groups;
   const GradientBorder border_h =
@@ -82,10 +81,8 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
   struct Phase {
     GradientPhase rows, columns;
     std::vector<int64_t> source, weight;
-    int64_t panels;  // where the phase's panels begin
   };
   std::vector<Phase> phases;
-  int64_t panel_count = 0;
   for (int64_t phase_h = 0; phase_h < problem.stride_h; ++phase_h) {
     for (int64_t phase_w = 0; phase_w < problem.stride_w; ++phase_w) {
       Phase phase;
@@ -110,56 +107,51 @@ void input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
           }
         }
       }
-      phase.panels = panel_count;
-      panel_count +=
-          problem.groups * round_up(group_in, lanes) * static_cast<int64_t>(phase.source.size());
       phases.push_back(std::move(phase));
     }
   }
 
-  const Workspace workspace(panel_count * static_cast<int64_t>(sizeof(A)));
-  A* const panels = workspace.as<A>();
-  for (const Phase& phase : phases) {
-    pack_group_panels(pool, serial, problem.dtype, weight, problem.groups,
-                      group_out * problem.weight_stride_k, group_in, problem.weight_stride_c,
-                      phase.weight, panels + phase.panels);
-  }
+  std::vector<const std::vector<int64_t>*> weight_steps;
+  for (const Phase& phase : phases) weight_steps.push_back(&phase.weight);
 
   const PlaneSource destination =
       plane_source(problem.layout, problem.in_channels, problem.in_height, problem.in_width);
   const int64_t input_image =
       image_stride(problem.in_channels, problem.in_height, problem.in_width);
-  const int64_t ranges = ceil_div(group_in, plan.channels_per_task);
-  for_each_row_task<A>(
-      plan, pool, source, problem.batch, ceil_div(problem.in_height, problem.stride_h),
-      problem.groups * ranges, [&](const RowTask<A>& task) {
-        const int64_t group = task.part / ranges;
-        const int64_t c = task.part % ranges * plan.channels_per_task;
+  const int64_t part_channels = round_up(plan.channels_per_task, lanes);
+  outer_product_pass<A>(
+      plan, pool, source,
+      {weight, problem.groups, group_out * problem.weight_stride_k, group_in,
+       problem.weight_stride_c},
+      weight_steps, problem.batch, ceil_div(problem.in_height, problem.stride_h),
+      [&](const PassTask<A>& task) {
         const ChannelsOut<A> out = {problem.dtype, grad_input, destination.channel_stride,
-                                    std::min(plan.channels_per_task, group_in - c), nullptr};
+                                    task.channels, nullptr};
+        const A* panels = task.panels;
         for (const Phase& phase : phases) {
+          const int64_t steps = static_cast<int64_t>(phase.source.size());
+          const A* const phase_panels = panels;
+          panels += part_channels * steps;
           const int64_t rows = std::min(plan.rows_per_task, phase.rows.count - task.y0);
           if (rows <= 0) continue;
-          const int64_t steps = static_cast<int64_t>(phase.source.size());
           const PixelBlock<A> block = {
               rows,
               phase.columns.count,
-              task.source + group * group_out * images.channel +
+              task.source + task.group * group_out * images.channel +
                   phase.rows.packed_first * images.row + phase.columns.packed_first * images.column,
               images.row,
               images.column,
-              task.image * input_image + (group * group_in + c) * destination.channel_stride +
+              task.image * input_image +
+                  (task.group * group_in + task.channel) * destination.channel_stride +
                   (phase.rows.first + task.y0 * problem.stride_h) * destination.row_stride +
                   phase.columns.first * destination.column_stride,
               problem.stride_h * destination.row_stride,
               problem.stride_w * destination.column_stride,
               group_out,
-              plan.in_place && problem.layout == Layout::nhwc && problem.groups == 1};
+              plan.in_place && !plan.weights_first && problem.layout == Layout::nhwc &&
+                  problem.groups == 1};
           outer_product_block(
-              OuterProductSteps<A>{
-                  phase.source.data(), steps,
-                  panels + phase.panels + group * round_up(group_in, lanes) * steps + c * steps,
-                  steps * lanes, lanes},
+              OuterProductSteps<A>{phase.source.data(), steps, phase_panels, steps * lanes, lanes},
               out, block);
         }
       });

@@ -148,34 +148,38 @@ struct GradientSource {
   int64_t block, block_step, row_step, column_step, image_step;
 };
 
-// Totals [pair][channel] of all slices, added up, to `count` rows of weights.
+// A row of totals and the weight that it becomes, of the first output channel.
+struct GradientWeight {
+  int64_t row, at;
+};
+
+// Totals [row][channel] of all slices, added up, to `count` output channels of weights.
 template <class T>
 void write_totals(const Accumulator<T>* totals, int64_t row_length, int64_t slices,
-                  int64_t slice_step, const std::vector<int64_t>& weights, int64_t count, T* to,
-                  int64_t weight_step) {
+                  int64_t slice_step, const std::vector<GradientWeight>& weights, int64_t count,
+                  T* to, int64_t weight_step) {
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t pairs = static_cast<int64_t>(weights.size());
-  const auto sum = [&](int64_t i) {
-    Vec<A> total = load(totals + i * row_length);
-    for (int64_t slice = 1; slice < slices; ++slice) {
-      total += load(totals + slice * slice_step + i * row_length);
-    }
+  const auto sum = [&](const GradientWeight& weight) {
+    const A* const first = totals + weight.row * row_length;
+    Vec<A> total = load(first);
+    for (int64_t slice = 1; slice < slices; ++slice) total += load(first + slice * slice_step);
     return total;
   };
   for (int64_t i = 0; i < pairs;) {
-    const int64_t* const at = weights.data() + i;
+    const GradientWeight* const next = weights.data() + i;
     bool consecutive = i + lanes <= pairs;
-    for (int64_t j = 1; consecutive && j < lanes; ++j) consecutive = at[j] == at[0] + j;
+    for (int64_t j = 1; consecutive && j < lanes; ++j) consecutive = next[j].at == next->at + j;
     if (!consecutive) {
-      store_first(to + at[0], sum(i), count, weight_step);
+      store_first(to + next->at, sum(*next), count, weight_step);
       ++i;
       continue;
     }
     Vec<A> square[lanes];
-    for (int64_t j = 0; j < lanes; ++j) square[j] = sum(i + j);
+    for (int64_t j = 0; j < lanes; ++j) square[j] = sum(next[j]);
     transpose<A>(square);
-    for (int64_t k = 0; k < count; ++k) store_narrowed(to + k * weight_step + at[0], square[k]);
+    for (int64_t k = 0; k < count; ++k) store_narrowed(to + k * weight_step + next->at, square[k]);
     i += lanes;
   }
 }
@@ -226,13 +230,19 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
       }
     }
   }
-  std::vector<int64_t> weights;  // where pair (tap, channel) lies
-  for (int64_t r = 0; r < problem.kernel_height; ++r) {
-    for (int64_t s = 0; s < problem.kernel_width; ++s) {
-      for (int64_t c = 0; c < group_in; ++c) {
-        weights.push_back(c * problem.weight_stride_c + r * problem.weight_stride_r +
-                          s * problem.weight_stride_s);
-      }
+  // The totals of pair (tap, channel) are row tap * group_in + channel. They are written in
+  // the order in which most weights lie.
+  std::vector<GradientWeight> weights;
+  const auto add = [&](int64_t c, int64_t tap) {
+    weights.push_back(
+        {tap * group_in + c, c * problem.weight_stride_c +
+                                 tap / problem.kernel_width * problem.weight_stride_r +
+                                 tap % problem.kernel_width * problem.weight_stride_s});
+  };
+  const bool channels_outside = problem.weight_stride_c > problem.weight_stride_s;
+  for (int64_t i = 0; i < (channels_outside ? group_in : taps); ++i) {
+    for (int64_t j = 0; j < (channels_outside ? taps : group_in); ++j) {
+      channels_outside ? add(i, j) : add(j, i);
     }
   }
 

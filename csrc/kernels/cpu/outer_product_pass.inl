@@ -52,40 +52,6 @@ void pack_rows(const PassSource& source, int64_t image, int64_t first_row, A* ou
                     planes ? to.channels : 1, packed, A{0}, out);
 }
 
-// Rows [y0, y1) of an image's results, of one part of their channels.
-template <class A>
-struct RowTask {
-  int64_t image, part;
-  int64_t y0, y1;
-  const A* source;  // of the first channel and column, in the first row that y0 reads
-};
-
-// Calls body(task) in parallel for tasks of plan.rows_per_task rows. The parts of the same
-// rows follow one another and read what has been packed once.
-template <class A, class Body>
-void for_each_row_task(const Conv2dPlan& plan, const ThreadPool& pool, const PassSource& source,
-                       int64_t batch, int64_t rows, int64_t parts, Body&& body) {
-  const BorderedImages& images = source.images;
-  const int64_t blocks = ceil_div(rows, plan.rows_per_task);
-  parallel_for(pool, batch * blocks * parts, plan.threads == 1, [&](int64_t begin, int64_t end) {
-    const Workspace workspace(source.in_place ? 0 : images.image * static_cast<int64_t>(sizeof(A)));
-    A* const packed = workspace.as<A>();
-    for (int64_t i = begin; i < end; ++i) {
-      RowTask<A> task = {i / parts / blocks, i % parts, i / parts % blocks * plan.rows_per_task, 0,
-                         packed};
-      task.y1 = std::min(rows, task.y0 + plan.rows_per_task);
-      const int64_t first_row = task.y0 * source.row_step;
-      if (source.in_place) {
-        task.source =
-            static_cast<const A*>(source.data) + task.image * images.image + first_row * images.row;
-      } else if (i == begin || task.part == 0) {
-        pack_rows(source, task.image, first_row, packed);
-      }
-      body(task);
-    }
-  });
-}
-
 // The forward pass's steps: of the source and of the weights, in the order in
 // which the source lies in memory.
 struct ForwardSteps {
@@ -123,23 +89,113 @@ inline WeightStrides weight_strides(const Conv2dProblem& problem) {
           problem.weight_stride_s};
 }
 
-// All groups' panels, one after the other, packed in parallel.
+// The weights of a pass: those of a group, and of a channel of the results.
+struct PassWeights {
+  const void* data;
+  int64_t groups, group_step;
+  int64_t channels, channel_step;
+};
+
+// What a task computes: rows [y0, y1) of some channels of a group of an image.
 template <class A>
-void pack_group_panels(const ThreadPool& pool, bool serial, DType dtype, const void* weight,
-                       int64_t groups, int64_t group_step, int64_t channels, int64_t channel_step,
-                       const std::vector<int64_t>& steps, A* panels) {
+struct PassTask {
+  int64_t image, group;
+  int64_t channel, channels;  // the first, of those of the group, and how many
+  int64_t y0, y1;
+  const A* source;  // of the first channel and column, in the first row that y0 reads
+  const A* panels;  // all classes'
+};
+
+// The loop over tasks. A class of results has its own steps; `weight_steps` has those of the
+// weights, and a panel is packed for each. Either all panels are packed first, and tasks go
+// over rows, of which they pack the source: the parts of the channels of the same rows
+// follow one another and read what has been packed once. Or, with weights first, all sources
+// are packed, and a task packs the panels of its part of the channels for itself and goes
+// over all rows: so it is for few pixels, whose panels would not stay in a cache.
+template <class A, class Body>
+void outer_product_pass(const Conv2dPlan& plan, const ThreadPool& pool, const PassSource& source,
+                        const PassWeights& weights,
+                        const std::vector<const std::vector<int64_t>*>& weight_steps, int64_t batch,
+                        int64_t rows, Body&& body) {
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t vectors = ceil_div(channels, lanes);
-  const int64_t panel = lanes * static_cast<int64_t>(steps.size());
-  parallel_for(pool, groups * vectors, serial, [&](int64_t begin, int64_t end) {
-    with_storage<A>(dtype, [&](auto element) {
-      const auto* const first = static_cast<const decltype(element)*>(weight);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = i % vectors * lanes;
-        pack_panels(first + i / vectors * group_step + k * channel_step,
-                    std::min(lanes, channels - k), channel_step, steps, panels + i * panel);
+  constexpr int64_t size = static_cast<int64_t>(sizeof(A));
+  const bool serial = plan.threads == 1;
+  const BorderedImages& images = source.images;
+  const int64_t part_vectors = ceil_div(plan.channels_per_task, lanes);
+  const int64_t group_parts = ceil_div(weights.channels, plan.channels_per_task);
+  const int64_t parts = weights.groups * group_parts;
+  int64_t part_elements = 0;
+  for (const auto* steps : weight_steps) {
+    part_elements += part_vectors * lanes * static_cast<int64_t>(steps->size());
+  }
+  // Packs vector v of a part, of which `to` are the panels.
+  const auto pack_vector = [&](int64_t part, int64_t v, A* to) {
+    const int64_t group = part / group_parts;
+    const int64_t k = part % group_parts * plan.channels_per_task + v * lanes;
+    if (k >= weights.channels) return;
+    with_storage<A>(source.dtype, [&](auto element) {
+      const auto* const first = static_cast<const decltype(element)*>(weights.data) +
+                                group * weights.group_step + k * weights.channel_step;
+      for (const auto* steps : weight_steps) {
+        const int64_t panel = lanes * static_cast<int64_t>(steps->size());
+        pack_panels(first, std::min(lanes, weights.channels - k), weights.channel_step, *steps,
+                    to + v * panel);
+        to += part_vectors * panel;
       }
     });
+  };
+  const auto part_task = [&](int64_t image, int64_t part, int64_t y0, const A* packed,
+                             const A* panels) {
+    const int64_t k = part % group_parts * plan.channels_per_task;
+    const int64_t first_row = y0 * source.row_step;
+    const A* const from = source.in_place ? static_cast<const A*>(source.data) +
+                                                image * images.image + first_row * images.row
+                                          : packed;
+    body(PassTask<A>{image, part / group_parts, k,
+                     std::min(plan.channels_per_task, weights.channels - k), y0,
+                     std::min(rows, y0 + plan.rows_per_task), from, panels});
+  };
+
+  if (plan.weights_first) {
+    const Workspace source_workspace(source.in_place ? 0 : batch * images.image * size);
+    A* const packed = source_workspace.as<A>();
+    if (!source.in_place) {
+      parallel_for(pool, batch, serial, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) pack_rows(source, i, 0, packed + i * images.image);
+      });
+    }
+    parallel_for(pool, parts, serial, [&](int64_t begin, int64_t end) {
+      const Workspace workspace(part_elements * size);
+      A* const panels = workspace.as<A>();
+      for (int64_t part = begin; part < end; ++part) {
+        for (int64_t v = 0; v < part_vectors; ++v) pack_vector(part, v, panels);
+        for (int64_t i = 0; i < batch; ++i) {
+          part_task(i, part, 0, packed + i * images.image, panels);
+        }
+      }
+    });
+    return;
+  }
+
+  const Workspace panel_workspace(parts * part_elements * size);
+  A* const panels = panel_workspace.as<A>();
+  parallel_for(pool, parts * part_vectors, serial, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pack_vector(i / part_vectors, i % part_vectors, panels + i / part_vectors * part_elements);
+    }
+  });
+  const int64_t blocks = ceil_div(rows, plan.rows_per_task);
+  parallel_for(pool, batch * blocks * parts, serial, [&](int64_t begin, int64_t end) {
+    const Workspace workspace(source.in_place ? 0 : images.image * size);
+    A* const packed = workspace.as<A>();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / parts / blocks, part = i % parts;
+      const int64_t y0 = i / parts % blocks * plan.rows_per_task;
+      if (!source.in_place && (i == begin || part == 0)) {
+        pack_rows(source, image, y0 * source.row_step, packed);
+      }
+      part_task(image, part, y0, packed, panels + part * part_elements);
+    }
   });
 }
 
@@ -162,7 +218,7 @@ inline PassSource forward_source(const Conv2dProblem& problem, const Conv2dPlan&
                         : bordered_images(problem.layout, problem.in_channels, rows, columns)};
 }
 
-// What a task of a forward pass computes: rows of some channels of a group.
+// What a task of a forward pass computes.
 template <class A>
 struct ForwardTask {
   OuterProductSteps<A> steps;
@@ -174,42 +230,31 @@ struct ForwardTask {
   int64_t y0, y1;
 };
 
-// Packs the weights and calls body(task) in parallel for tasks that cut `rows` rows.
+// Calls body(task) in parallel for tasks that cut `rows` rows.
 template <class A, class Body>
 void forward_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                   const PassSource& source, const void* weight, const void* bias_data, int64_t rows,
                   Body&& body) {
   constexpr int64_t lanes = kLanes<A>;
-  const bool serial = plan.threads == 1;
   const int64_t group_in = problem.in_channels / problem.groups;
   const int64_t group_out = problem.out_channels / problem.groups;
-  const WeightStrides weights = weight_strides(problem);
-  const ForwardSteps list = forward_steps(problem, source.images, weights);
+  const WeightStrides strides = weight_strides(problem);
+  const ForwardSteps list = forward_steps(problem, source.images, strides);
   const int64_t steps = static_cast<int64_t>(list.source.size());
-  const int64_t group_panels = round_up(group_out, lanes) * steps;
-
-  const Workspace workspace((problem.groups * group_panels + problem.out_channels) *
-                            static_cast<int64_t>(sizeof(A)));
-  A* const panels = workspace.as<A>();
-  const A* const bias = widened_bias<A>(problem.dtype, bias_data, problem.out_channels,
-                                        panels + problem.groups * group_panels);
-  pack_group_panels(pool, serial, problem.dtype, weight, problem.groups,
-                    group_out * weights.stride_k, group_out, weights.stride_k, list.weight, panels);
-
-  const int64_t ranges = ceil_div(group_out, plan.channels_per_task);
-  for_each_row_task<A>(
-      plan, pool, source, problem.batch, rows, problem.groups * ranges,
-      [&](const RowTask<A>& task) {
-        const int64_t group = task.part / ranges;
-        const int64_t k = task.part % ranges * plan.channels_per_task;
-        const int64_t channel = group * group_out + k;
-        body(ForwardTask<A>{{list.source.data(), steps, panels + group * group_panels + k * steps,
-                             steps * lanes, lanes},
-                            task.source + group * group_in * source.images.channel,
+  const Workspace workspace(problem.out_channels * static_cast<int64_t>(sizeof(A)));
+  const A* const bias =
+      widened_bias<A>(problem.dtype, bias_data, problem.out_channels, workspace.as<A>());
+  outer_product_pass<A>(
+      plan, pool, source,
+      {weight, problem.groups, group_out * strides.stride_k, group_out, strides.stride_k},
+      {&list.weight}, problem.batch, rows, [&](const PassTask<A>& task) {
+        const int64_t channel = task.group * group_out + task.channel;
+        body(ForwardTask<A>{{list.source.data(), steps, task.panels, steps * lanes, lanes},
+                            task.source + task.group * group_in * source.images.channel,
                             bias != nullptr ? bias + channel : nullptr,
                             task.image,
                             channel,
-                            std::min(plan.channels_per_task, group_out - k),
+                            task.channels,
                             task.y0,
                             task.y1});
       });
