@@ -42,7 +42,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
 # Of few channels, of which only the forward pass reads the input in runs.
 ROW_RUNS: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "stem": (2, 3, 70, 64, 7, {"padding": 3, "stride": 2}),
-    "patches": (3, 3, 64, 100, 16, {"stride": 16}),
+    "patches": (3, 3, 128, 100, 16, {"stride": 16}),
     "several tiles a run": (2, 13, 37, 70, 5, {"padding": (1, 2), "dilation": (2, 1)}),
     "wide padding": (2, 4, 33, 40, 3, {"padding": 5}),
 }

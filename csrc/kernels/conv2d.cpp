@@ -8,6 +8,7 @@
 #include "kernels/cpu/conv2d_depthwise.h"
 #include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_outer_product.h"
+#include "kernels/cpu/conv2d_patches.h"
 #include "kernels/cpu/conv2d_winograd.h"
 #include "kernels/cpu/gradient_phase.h"
 
@@ -405,6 +406,16 @@ Conv2dPlan plan_outer_product_weight_gradient(const Conv2dProblem& problem, Isa 
   return plan;
 }
 
+Conv2dPlan plan_patches(const Conv2dProblem& problem, Isa isa, int threads) {
+  Conv2dPlan plan =
+      pass_plan(problem, ConvAlgorithm::patches, isa, threads, 0, 1, problem.out_height);
+  plan.images_per_chunk = problem.batch;
+  plan.workspace_bytes = accumulator_size(problem.dtype) * problem.batch * problem.out_height *
+                         problem.out_width * problem.in_channels * problem.kernel_height *
+                         problem.kernel_width;
+  return plan;
+}
+
 // A pass to `to` channels of rows x columns results.
 Conv2dPlan plan_winograd(const Conv2dProblem& problem, Isa isa, int threads, int64_t from,
                          int64_t to, int64_t rows, int64_t columns) {
@@ -428,6 +439,15 @@ bool winograd_applies(const Conv2dProblem& problem) {
          problem.dilation_h == 1 && problem.dilation_w == 1;
 }
 
+bool patches_apply(const Conv2dProblem& problem) {
+  // With more pixels, or with fewer elements than vectors have, tiles do better.
+  constexpr int64_t kMostPixels = 8, kFewestElements = 32;
+  const int64_t pixels = problem.batch * problem.out_height * problem.out_width;
+  return pixels >= 1 && pixels <= kMostPixels && problem.groups == 1 &&
+         problem.in_channels * problem.kernel_height * problem.kernel_width >= kFewestElements &&
+         patch_order(problem).dense;
+}
+
 bool amx_applies(const Conv2dProblem& problem, Isa isa) {
   return isa == Isa::amx && problem.dtype != DType::float64;
 }
@@ -439,6 +459,7 @@ bool depthwise_applies(const Conv2dProblem& problem, Isa isa) {
 
 Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                         int threads) {
+  if (algorithm == ConvAlgorithm::patches) return plan_patches(problem, isa, threads);
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.out_height,
                           depthwise_forward_passes(problem), problem.in_height, false);
@@ -478,6 +499,7 @@ Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, I
 
 Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                                int threads) {
+  if (algorithm == ConvAlgorithm::patches) return plan_patches(problem, isa, threads);
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.in_height,
                           depthwise_gradient_passes(problem), problem.out_height, true);
@@ -515,6 +537,7 @@ Conv2dPlan plan_input_gradient(const Conv2dProblem& problem, ConvAlgorithm algor
 
 Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,
                                 int threads) {
+  if (algorithm == ConvAlgorithm::patches) return plan_patches(problem, isa, threads);
   if (algorithm == ConvAlgorithm::depthwise) {
     return plan_depthwise(problem, isa, threads, problem.out_height,
                           depthwise_forward_passes(problem), problem.in_height, true);
@@ -546,6 +569,9 @@ ConvAlgorithm cheaper_forward(const Conv2dProblem& problem, Isa isa, int64_t row
 }
 
 Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
+  if (patches_apply(problem)) {
+    return plan_forward(problem, ConvAlgorithm::patches, isa, threads);
+  }
   if (depthwise_applies(problem, isa)) {
     return plan_forward(problem, ConvAlgorithm::depthwise, isa, threads);
   }
@@ -556,6 +582,9 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads) {
 }
 
 Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  if (patches_apply(problem)) {
+    return plan_input_gradient(problem, ConvAlgorithm::patches, isa, threads);
+  }
   if (depthwise_applies(problem, isa)) {
     return plan_input_gradient(problem, ConvAlgorithm::depthwise, isa, threads);
   }
@@ -572,6 +601,9 @@ Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int
 }
 
 Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads) {
+  if (patches_apply(problem)) {
+    return plan_weight_gradient(problem, ConvAlgorithm::patches, isa, threads);
+  }
   if (depthwise_applies(problem, isa)) {
     return plan_weight_gradient(problem, ConvAlgorithm::depthwise, isa, threads);
   }
@@ -661,6 +693,7 @@ void conv2d_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
   }
   const auto run = plan.algorithm == ConvAlgorithm::direct          ? conv2d_direct_forward
                    : plan.algorithm == ConvAlgorithm::outer_product ? conv2d_outer_product_forward
+                   : plan.algorithm == ConvAlgorithm::patches       ? conv2d_patches_forward
                                                                     : conv2d_depthwise_forward;
   run(problem, plan, pool, input, weight, bias, output);
 }
@@ -681,8 +714,9 @@ void conv2d_input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan,
                           grad_output, weight, grad_input);
     return;
   }
-  const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_input_gradient
-                                                           : conv2d_outer_product_input_gradient;
+  const auto run = plan.algorithm == ConvAlgorithm::direct    ? conv2d_direct_input_gradient
+                   : plan.algorithm == ConvAlgorithm::patches ? conv2d_patches_input_gradient
+                                                              : conv2d_outer_product_input_gradient;
   run(problem, plan, pool, grad_output, weight, grad_input);
 }
 
@@ -701,7 +735,9 @@ void conv2d_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan
     return;
   }
   const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_weight_gradient
-                                                           : conv2d_outer_product_weight_gradient;
+                   : plan.algorithm == ConvAlgorithm::patches
+                       ? conv2d_patches_weight_gradient
+                       : conv2d_outer_product_weight_gradient;
   run(problem, plan, pool, grad_output, input, grad_weight);
 }
 

@@ -44,6 +44,7 @@ enum class ConvAlgorithm : uint8_t {
   depthwise,      // a channel a group: conv2d_depthwise.inl
   winograd,       // 3x3 kernels with fewer products: conv2d_winograd.inl
   amx,            // products of bfloat16 parts on matrix tiles: conv2d_amx.inl
+  patches,        // few output pixels: conv2d_patches.inl
 };
 
 inline const char* algorithm_name(ConvAlgorithm algorithm) {
@@ -56,6 +57,8 @@ inline const char* algorithm_name(ConvAlgorithm algorithm) {
       return "winograd";
     case ConvAlgorithm::amx:
       return "amx";
+    case ConvAlgorithm::patches:
+      return "patches";
     default:
       return "depthwise";
   }
@@ -97,6 +100,10 @@ bool depthwise_applies(const Conv2dProblem& problem, Isa isa);
 
 // Whether Winograd's algorithm takes the forward pass and the input gradient.
 bool winograd_applies(const Conv2dProblem& problem);
+
+// Whether whole patches are multiplied by weights where they lie: few output pixels, one
+// group, and weights of a channel without gaps.
+bool patches_apply(const Conv2dProblem& problem);
 
 // Whether matrix tiles take a problem.
 bool amx_applies(const Conv2dProblem& problem, Isa isa);

@@ -332,6 +332,7 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
   result["rows_per_task"] = plan.rows_per_task;
   result["channels_per_task"] = plan.channels_per_task;
   result["in_place"] = plan.in_place;
+  result["weights_first"] = plan.weights_first;
   if (plan.algorithm == ConvAlgorithm::amx) result["parts"] = plan.parts;
   result["workspace_bytes"] = plan.workspace_bytes;
   result["flops"] = 2 * problem.multiply_adds();

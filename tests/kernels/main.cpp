@@ -17,6 +17,7 @@
 
 #include "conversions.h"
 #include "kernels/conv2d_relu_max_pool2d.h"
+#include "kernels/cpu/conv2d_patches.h"
 #include "kernels/gradient_step.h"
 #include "kernels/workspace.h"
 #include "problems.h"
@@ -84,9 +85,9 @@ struct GradientMemory {
   }
 };
 
-constexpr ConvAlgorithm kAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product,
+constexpr ConvAlgorithm kAlgorithms[] = {ConvAlgorithm::direct,    ConvAlgorithm::outer_product,
                                          ConvAlgorithm::depthwise, ConvAlgorithm::winograd,
-                                         ConvAlgorithm::amx};
+                                         ConvAlgorithm::amx,       ConvAlgorithm::patches};
 constexpr ConvAlgorithm kBlockAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product};
 
 bool reads_border(const Conv2dProblem& p) {
@@ -95,9 +96,15 @@ bool reads_border(const Conv2dProblem& p) {
          (p.out_width - 1) * p.stride_w + (p.kernel_width - 1) * p.dilation_w >= p.in_width;
 }
 
-// Cuts the work of matrix tiles in any way: problems large enough for the planner to
-// do so would take long.
+// Cuts the work of outer products and of matrix tiles in any way: problems large enough for
+// the planner to do so would take long.
 Conv2dPlan cut_at_random(Random& random, const Conv2dProblem& p, Conv2dPlan plan) {
+  if (plan.algorithm == ConvAlgorithm::outer_product && random.chance(60)) {
+    plan.weights_first = random.chance(50);
+    plan.rows_per_task = plan.weights_first ? p.in_height + p.out_height : random.between(1, 4);
+    plan.channels_per_task = plan.vector_lanes * random.between(1, 5);
+    return plan;
+  }
   if (plan.algorithm != ConvAlgorithm::amx || random.chance(30)) return plan;
   plan.images_per_chunk = random.between(1, std::max<int64_t>(1, p.batch));
   plan.rows_per_task = random.between(1, std::max<int64_t>(1, plan.rows_per_task));
@@ -149,6 +156,9 @@ void check_conv2d(Random& random) {
           if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
           if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
           if (algorithm == ConvAlgorithm::winograd && !winograd_applies(p)) return;
+          if (algorithm == ConvAlgorithm::patches && (p.groups > 1 || !patch_order(p).dense)) {
+            return;
+          }
           const Memory out(element, tensors.output_shape, tensors.output_strides);
           conv2d_forward(p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
                          pool, input.data(), weight.data(), bias_data, out.data());

@@ -89,8 +89,10 @@ Conv2dProblem draw_conv2d(Random& random) {
   random_conv2d_axis(random, large_kernel, p.in_width, p.out_width, p.kernel_width, p.stride_w,
                      p.pad_left, p.dilation_w);
   if (random.chance(10) && p.in_height > 2 && p.in_width > 2) make_winograd(random, p);
-  const Dims strides = random_strides(
-      random, {p.out_channels, p.in_channels / p.groups, p.kernel_height, p.kernel_width});
+  const Dims shape = {p.out_channels, p.in_channels / p.groups, p.kernel_height, p.kernel_width};
+  const Dims strides = random.chance(30)   ? layout_strides(shape, Layout::nchw)
+                       : random.chance(40) ? layout_strides(shape, Layout::nhwc)
+                                           : random_strides(random, shape);
   p.weight_stride_k = strides[0];
   p.weight_stride_c = strides[1];
   p.weight_stride_r = strides[2];

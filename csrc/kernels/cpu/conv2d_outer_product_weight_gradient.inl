@@ -252,20 +252,26 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   A* const totals = totals_workspace.as<A>();
   if (sums == 0) std::fill_n(totals, slices * totals_slice, A{0});
   const int64_t ranges = ceil_div(group_in, range);
+  // Where there are few channels, threads share out the taps.
+  const int64_t tap_ranges =
+      std::min(taps, ceil_div(int64_t{plan.threads}, slices * problem.groups * ranges));
   const int64_t packed_count = plan.in_place ? 0 : sum_of.images * source.image_step;
-  parallel_for(pool, slices * problem.groups * ranges, serial, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = slices * problem.groups * ranges * tap_ranges;
+  parallel_for(pool, tasks, serial, [&](int64_t begin, int64_t end) {
     const Workspace workspace((packed_count + sum_pixels * kTileVectors * lanes) *
                               static_cast<int64_t>(sizeof(A)));
     A* const packed_data = workspace.as<A>();
     A* const gradients = packed_data + packed_count;
     std::vector<GradientPair> pairs;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / ranges % problem.groups;
-      const int64_t slice = task / ranges / problem.groups;
-      const int64_t c0 = task % ranges * range;
+      const int64_t group = task / tap_ranges / ranges % problem.groups;
+      const int64_t slice = task / tap_ranges / ranges / problem.groups;
+      const int64_t c0 = task / tap_ranges % ranges * range;
       const int64_t channels = std::min(range, group_in - c0);
       pairs.clear();
-      for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t tap_range = task % tap_ranges;
+      for (int64_t tap = taps * tap_range / tap_ranges; tap < taps * (tap_range + 1) / tap_ranges;
+           ++tap) {
         const int64_t at = tap / problem.kernel_width * problem.dilation_h * source.row_step +
                            tap % problem.kernel_width * problem.dilation_w * source.column_step;
         for (int64_t c = 0; c < channels; ++c) {
