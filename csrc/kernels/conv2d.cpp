@@ -453,8 +453,14 @@ bool amx_applies(const Conv2dProblem& problem, Isa isa) {
 }
 
 bool depthwise_applies(const Conv2dProblem& problem, Isa isa) {
-  return problem.groups == problem.in_channels && problem.groups == problem.out_channels &&
-         (problem.layout == Layout::nchw || problem.groups >= lanes_of(problem, isa));
+  const int64_t lanes = lanes_of(problem, isa);
+  const int64_t channels = problem.in_channels / problem.groups;
+  if (problem.in_channels != problem.out_channels) return false;
+  if (channels == 1) return problem.layout == Layout::nchw || problem.groups >= lanes;
+  // Groups that fill a vector, and vectors without permutations, are for outer products.
+  return problem.layout == Layout::nhwc && isa >= Isa::avx2 && problem.dtype != DType::float64 &&
+         (channels == 2 || channels == 4 || channels == 8) && channels < lanes &&
+         problem.in_channels >= lanes;
 }
 
 Conv2dPlan plan_forward(const Conv2dProblem& problem, ConvAlgorithm algorithm, Isa isa,

@@ -41,7 +41,7 @@ struct Conv2dProblem {
 enum class ConvAlgorithm : uint8_t {
   direct,         // vectors along the rows: conv2d_direct.inl, conv2d_weight_gradient.inl
   outer_product,  // vectors along the channels: conv2d_outer_product.inl
-  depthwise,      // a channel a group: conv2d_depthwise.inl
+  depthwise,      // one channel a group, or few: conv2d_depthwise.inl
   winograd,       // 3x3 kernels with fewer products: conv2d_winograd.inl
   amx,            // products of bfloat16 parts on matrix tiles: conv2d_amx.inl
   patches,        // few output pixels: conv2d_patches.inl
@@ -94,8 +94,8 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Isa isa, int threads);
 Conv2dPlan plan_conv2d_input_gradient(const Conv2dProblem& problem, Isa isa, int threads);
 Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, int threads);
 
-// Whether the depthwise kernels take a problem: one channel a group, and, in
-// NHWC, at least a vector of them.
+// Whether the depthwise kernels take a problem: one channel a group, or, in NHWC, 2, 4 or 8
+// of them; in NHWC at least a vector of channels in all.
 bool depthwise_applies(const Conv2dProblem& problem, Isa isa);
 
 // Whether Winograd's algorithm takes the forward pass and the input gradient.

@@ -72,7 +72,7 @@ Conv2dProblem draw_conv2d(Random& random) {
       break;
     case 2:  // depthwise
       p.groups = random.between(5, 40);
-      group_in = group_out = 1;
+      group_in = group_out = random.chance(60) ? 1 : int64_t{1} << random.between(1, 3);
       break;
     case 3:  // more taps than are summed at once
       large_kernel = true;

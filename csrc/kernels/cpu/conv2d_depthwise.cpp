@@ -50,13 +50,37 @@ int64_t depthwise_gradient_chunks(const Conv2dProblem& problem) {
                              std::clamp<int64_t>(rows, 1, 32));
 }
 
+namespace {
+
+// Calls body with the channels of a group in channels_last.
+template <class Body>
+void with_group_channels(const Conv2dProblem& problem, Body&& body) {
+  switch (problem.in_channels / problem.groups) {
+    case 2:
+      return body(std::integral_constant<int, 2>{});
+    case 4:
+      return body(std::integral_constant<int, 4>{});
+    case 8:
+      return body(std::integral_constant<int, 8>{});
+    default:
+      return body(std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace
+
 void conv2d_depthwise_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
                               const ThreadPool& pool, const void* input, const void* weight,
                               const void* bias, void* output) {
   with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = problem.layout == Layout::nhwc ? CNNK_TIER_FUNCTION(plan.isa, nhwc_forward<T>)
-                     : depthwise_interleaves(problem, plan.vector_lanes, false)
+    if (problem.layout == Layout::nhwc) {
+      return with_group_channels(problem, [&](auto group) {
+        CNNK_TIER_FUNCTION(plan.isa, nhwc_forward<T, decltype(group)::value>)
+        (problem, plan, pool, input, weight, bias, output);
+      });
+    }
+    const auto run = depthwise_interleaves(problem, plan.vector_lanes, false)
                          ? CNNK_TIER_FUNCTION(plan.isa, interleaved_forward<T>)
                          : CNNK_TIER_FUNCTION(plan.isa, nchw_forward<T>);
     run(problem, plan, pool, input, weight, bias, output);
@@ -68,8 +92,13 @@ void conv2d_depthwise_backward(const Conv2dProblem& problem, const Conv2dPlan& p
                                const void* weight, void* grad_input, void* grad_weight) {
   with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = problem.layout == Layout::nhwc ? CNNK_TIER_FUNCTION(plan.isa, nhwc_backward<T>)
-                     : depthwise_interleaves(problem, plan.vector_lanes, true)
+    if (problem.layout == Layout::nhwc) {
+      return with_group_channels(problem, [&](auto group) {
+        CNNK_TIER_FUNCTION(plan.isa, nhwc_backward<T, decltype(group)::value>)
+        (problem, plan, pool, grad_output, input, weight, grad_input, grad_weight);
+      });
+    }
+    const auto run = depthwise_interleaves(problem, plan.vector_lanes, true)
                          ? CNNK_TIER_FUNCTION(plan.isa, interleaved_backward<T>)
                          : CNNK_TIER_FUNCTION(plan.isa, nchw_backward<T>);
     run(problem, plan, pool, grad_output, input, weight, grad_input, grad_weight);

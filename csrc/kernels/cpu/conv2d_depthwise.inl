@@ -22,13 +22,13 @@ CNNK_INLINE void for_each_tap_tile(int64_t taps, Body&& body) {
   for (; taps - t >= 1; t += 1) body(t, Constant<1>{});
 }
 
-// The weight of (channel, r, s), widened.
+// The weight of (output channel, input channel of its group, r, s), widened.
 template <class T>
 CNNK_INLINE Accumulator<T> weight_at(const Conv2dProblem& problem, const void* weight, int64_t k,
-                                     int64_t r, int64_t s) {
+                                     int64_t c, int64_t r, int64_t s) {
   return widen(
-      static_cast<const T*>(weight)[k * problem.weight_stride_k + r * problem.weight_stride_r +
-                                    s * problem.weight_stride_s]);
+      static_cast<const T*>(weight)[k * problem.weight_stride_k + c * problem.weight_stride_c +
+                                    r * problem.weight_stride_r + s * problem.weight_stride_s]);
 }
 
 // A tap of a row or a plane, row and column resolved: where its source starts and

@@ -53,7 +53,8 @@ void interleave_weights(const Conv2dProblem& problem, const void* weight, int64_
   for (int64_t r = 0; r < problem.kernel_height; ++r) {
     for (int64_t s = 0; s < problem.kernel_width; ++s) {
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        *to++ = lane < channels ? weight_at<T>(problem, weight, c + lane, r, s) : Accumulator<T>{0};
+        *to++ =
+            lane < channels ? weight_at<T>(problem, weight, c + lane, 0, r, s) : Accumulator<T>{0};
       }
     }
   }
@@ -85,9 +86,9 @@ void interleaved_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
       interleave_weights<T>(problem, weight, c, count, weights);
       if (bias_data != nullptr) store(bias, load_head(static_cast<const T*>(bias_data) + c, count));
       interleave_planes(static_cast<const T*>(input) + plane * in_pixels, count, in_pixels, source);
-      const NhwcRow<A> row = {source,  problem.in_width * lanes,
-                              weights, bias_data != nullptr ? bias : nullptr,
-                              lanes,   problem.kernel_width};
+      const NhwcRow<A, 1> row = {source,  problem.in_width * lanes,
+                                 weights, bias_data != nullptr ? bias : nullptr,
+                                 lanes,   problem.kernel_width};
       for (int64_t y = 0; y < problem.out_height; ++y) {
         nhwc_row(row, passes, y, result + y * problem.out_width * lanes);
       }
@@ -108,7 +109,7 @@ void interleaved_backward(const Conv2dProblem& problem, const Conv2dPlan& plan,
   const int64_t table = problem.kernel_height * problem.kernel_width * lanes;
   const bool wants_input = grad_input != nullptr, wants_weight = grad_weight != nullptr;
   const DepthwisePasses to_input = depthwise_gradient_passes(problem);
-  const NhwcWeightSums<A> weight_sums(problem, lanes);
+  const NhwcWeightSums<A, 1> weight_sums(problem, lanes);
   // Images are summed in ranges, a number of them that no count of threads changes.
   constexpr int64_t kMostRanges = 8;
   const int64_t ranges = std::clamp<int64_t>(problem.batch, 1, kMostRanges);
@@ -148,8 +149,8 @@ void interleaved_backward(const Conv2dProblem& problem, const Conv2dPlan& plan,
           move_sums(sums, table, task_totals);
         }
         if (wants_input) {
-          const NhwcRow<A> row = {gradient, problem.out_width * lanes, weights, nullptr,
-                                  lanes,    problem.kernel_width};
+          const NhwcRow<A, 1> row = {gradient, problem.out_width * lanes, weights, nullptr,
+                                     lanes,    problem.kernel_width};
           for (int64_t y = 0; y < problem.in_height; ++y) {
             nhwc_row(row, to_input, y, image + y * problem.in_width * lanes);
           }

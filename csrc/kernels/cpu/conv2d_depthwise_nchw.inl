@@ -171,7 +171,7 @@ void channel_weights(const Conv2dProblem& problem, const void* weight, int64_t k
                      Accumulator<T>* to) {
   for (int64_t r = 0; r < problem.kernel_height; ++r) {
     for (int64_t s = 0; s < problem.kernel_width; ++s) {
-      *to++ = weight_at<T>(problem, weight, k, r, s);
+      *to++ = weight_at<T>(problem, weight, k, 0, r, s);
     }
   }
 }

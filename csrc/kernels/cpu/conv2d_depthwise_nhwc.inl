@@ -7,6 +7,9 @@
 // than its share of the memory feeds. The weight gradient holds the sums of nine
 // taps over a row.
 //
+// Groups of G channels, 2, 4 or 8, are the same with G products a tap: a lane takes the
+// channels of its group one after the other, from a vector whose lanes are permuted.
+//
 // The backward pass goes over the output's gradient once, row by row, and gives
 // both gradients while the rows it reads are in the second-level cache.
 
@@ -18,24 +21,55 @@ CNNK_INLINE void for_each_channel_vector(int64_t channels, Body&& body) {
   body(channels - kLanes<A>);
 }
 
-template <class T>
+// Lane by lane, channel j of the G channels of the lane's group.
+template <class A, int G>
+struct GroupChannels {
+  Vec<Mask<A>> lanes[G];
+
+  GroupChannels() {
+    for (int j = 0; j < G; ++j) {
+      Mask<A> from[kLanes<A>];
+      for (int i = 0; i < kLanes<A>; ++i) from[i] = static_cast<Mask<A>>(i / G * G + j);
+      lanes[j] = load(from);
+    }
+  }
+
+  CNNK_INLINE Vec<A> of(Vec<A> v, int j) const {
+    if constexpr (G == 1) return v;
+#if CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
+    if constexpr (std::is_same_v<A, float>) {
+      return (Vec<float>)_mm512_permutexvar_ps((__m512i)lanes[j], (__m512)v);
+    }
+#elif CNNK_TIER_ID == 1
+    if constexpr (std::is_same_v<A, float>) {
+      return (Vec<float>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes[j]);
+    }
+#endif
+    Vec<A> result = v;
+    for (int i = 0; i < kLanes<A>; ++i) result[i] = v[lanes[j][i]];
+    return result;
+  }
+};
+
+template <class T, int G>
 struct NhwcRow {
   const T* source;                // of the image
   int64_t source_row;             // elements from one row to the next
-  const Accumulator<T>* weights;  // [tap][channel]
+  const Accumulator<T>* weights;  // [tap][channel of the group][channel]
   const Accumulator<T>* bias;     // or null
   int64_t channels, kernel_width;
 };
 
 // Pixels j, …, j + P - 1 of a destination row, all of which read these taps.
-template <class T, int P>
-CNNK_INLINE void nhwc_pixels(const NhwcRow<T>& row, const std::vector<AxisTap>& row_taps, int64_t y,
-                             int64_t row_step, const std::vector<AxisTap>& column_taps, int64_t j,
-                             int64_t column_step, T* out, int64_t out_pixel) {
+template <class T, int P, int G>
+CNNK_INLINE void nhwc_pixels(const NhwcRow<T, G>& row, const std::vector<AxisTap>& row_taps,
+                             int64_t y, int64_t row_step, const std::vector<AxisTap>& column_taps,
+                             int64_t j, int64_t column_step, T* out, int64_t out_pixel) {
   using A = Accumulator<T>;
   const int64_t channels = row.channels;
   const int64_t pixel = column_step * channels;
   const T* const source = row.source + j * pixel;
+  const GroupChannels<A, G> group;
   for_each_channel_vector<A>(channels, [&](int64_t c) {
     Vec<A> sum[P];
     const Vec<A> start = row.bias != nullptr ? load(row.bias + c) : Vec<A>{};
@@ -44,12 +78,16 @@ CNNK_INLINE void nhwc_pixels(const NhwcRow<T>& row, const std::vector<AxisTap>& 
     for (const AxisTap& r : row_taps) {
       if (y < r.begin || y >= r.end) continue;
       const T* const source_row = source + (y * row_step + r.source) * row.source_row + c;
-      const A* const weights = row.weights + r.kernel_index * row.kernel_width * channels + c;
+      const A* const weights = row.weights + r.kernel_index * row.kernel_width * G * channels + c;
       for (const AxisTap& s : column_taps) {
-        const Vec<A> w = load(weights + s.kernel_index * channels);
+        const A* const w = weights + s.kernel_index * G * channels;
         const T* const from = source_row + s.source * channels;
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum[p] += w * load_widened(from + p * pixel);
+        for (int p = 0; p < P; ++p) {
+          const Vec<A> x = load_widened(from + p * pixel);
+#pragma GCC unroll 8
+          for (int i = 0; i < G; ++i) sum[p] += load(w + i * channels) * group.of(x, i);
+        }
       }
     }
 #pragma GCC unroll 8
@@ -58,15 +96,15 @@ CNNK_INLINE void nhwc_pixels(const NhwcRow<T>& row, const std::vector<AxisTap>& 
 }
 
 // Destination row y of an image; `out` is its first element.
-template <class T>
-void nhwc_row(const NhwcRow<T>& row, const DepthwisePasses& passes, int64_t y, T* out) {
+template <class T, int G>
+void nhwc_row(const NhwcRow<T, G>& row, const DepthwisePasses& passes, int64_t y, T* out) {
   const int64_t classes = static_cast<int64_t>(passes.rows.size());
   const AxisPass& rows = passes.rows[static_cast<size_t>(y % classes)];
   for (const AxisPass& columns : passes.columns) {
     const int64_t out_pixel = columns.stride * row.channels;
     for (const AxisSegment& segment : columns.segments) {
       for_each_pixel_tile(segment.begin, segment.end, [&](int64_t j, auto pixels) {
-        nhwc_pixels<T, decltype(pixels)::value>(
+        nhwc_pixels<T, decltype(pixels)::value, G>(
             row, rows.taps, y / classes, rows.step, segment.taps, j, columns.step,
             out + columns.first * row.channels + j * out_pixel, out_pixel);
       });
@@ -74,27 +112,32 @@ void nhwc_row(const NhwcRow<T>& row, const DepthwisePasses& passes, int64_t y, T
   }
 }
 
-// Weights as [tap][channel].
-template <class T>
-void pack_taps(const Conv2dProblem& problem, const void* weight, Accumulator<T>* to) {
+// Weights as [tap][channel of the group][channel]: of the results' channels, from those of
+// the source, which are the outputs' if `backward`.
+template <class T, int G>
+void pack_taps(const Conv2dProblem& problem, const void* weight, bool backward,
+               Accumulator<T>* to) {
   for (int64_t r = 0; r < problem.kernel_height; ++r) {
     for (int64_t s = 0; s < problem.kernel_width; ++s) {
-      for (int64_t k = 0; k < problem.out_channels; ++k) {
-        *to++ = weight_at<T>(problem, weight, k, r, s);
+      for (int64_t i = 0; i < G; ++i) {
+        for (int64_t k = 0; k < problem.out_channels; ++k) {
+          const int64_t out = backward ? k / G * G + i : k, in = backward ? k % G : i;
+          *to++ = weight_at<T>(problem, weight, out, in, r, s);
+        }
       }
     }
   }
 }
 
-template <class T>
+template <class T, int G>
 void nhwc_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                   const void* input, const void* weight, const void* bias_data, void* output) {
   using A = Accumulator<T>;
   const int64_t channels = problem.out_channels;
-  const int64_t taps = problem.kernel_height * problem.kernel_width;
+  const int64_t taps = problem.kernel_height * problem.kernel_width * G;
   const Workspace workspace((taps + 1) * channels * static_cast<int64_t>(sizeof(A)));
   A* const weights = workspace.as<A>();
-  pack_taps<T>(problem, weight, weights);
+  pack_taps<T, G>(problem, weight, false, weights);
   const A* bias = nullptr;
   if (bias_data != nullptr) {
     widen_row(static_cast<const T*>(bias_data), weights + taps * channels, channels);
@@ -109,12 +152,12 @@ void nhwc_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const Th
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / blocks;
       const int64_t y0 = task % blocks * plan.rows_per_task;
-      const NhwcRow<T> row = {static_cast<const T*>(input) + image * problem.in_height * in_row,
-                              in_row,
-                              weights,
-                              bias,
-                              channels,
-                              problem.kernel_width};
+      const NhwcRow<T, G> row = {static_cast<const T*>(input) + image * problem.in_height * in_row,
+                                 in_row,
+                                 weights,
+                                 bias,
+                                 channels,
+                                 problem.kernel_width};
       for (int64_t y = y0; y < std::min(rows, y0 + plan.rows_per_task); ++y) {
         nhwc_row(row, passes, y, static_cast<T*>(output) + (image * rows + y) * out_row);
       }
@@ -122,31 +165,36 @@ void nhwc_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const Th
   });
 }
 
-// sums[tap][slot] += the products of an output row's gradients with the taps'
-// sources; a slot is a lane of a vector of channels. All columns in
+// sums[tap][channel of the group][slot] += the products of an output row's gradients with
+// the taps' sources; a slot is a lane of a vector of channels. All columns in
 // [inside_begin, inside_end) read all taps.
-template <class T, int Taps>
+template <class T, int Taps, int G>
 CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, int64_t channels,
                                   int64_t columns, int64_t inside_begin, int64_t inside_end,
                                   int64_t column_step, int64_t c, Accumulator<T>* sums,
                                   int64_t slots) {
   using A = Accumulator<T>;
   const int64_t pixel = column_step * channels;
-  Vec<A> sum[Taps];
+  Vec<A> sum[Taps][G];
   const T* source[Taps];
+  const GroupChannels<A, G> group;
 #pragma GCC unroll 9
   for (int t = 0; t < Taps; ++t) {
-    sum[t] = load(sums + taps[t].weight * slots);
+#pragma GCC unroll 8
+    for (int i = 0; i < G; ++i) sum[t][i] = load(sums + (taps[t].weight * G + i) * slots);
     source[t] = taps[t].source + c;
   }
+  const auto add = [&](int t, Vec<A> g, int64_t j) __attribute__((always_inline)) {
+    const Vec<A> x = load_widened(source[t] + j * pixel);
+#pragma GCC unroll 8
+    for (int i = 0; i < G; ++i) sum[t][i] += g * group.of(x, i);
+  };
   const auto border = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       const Vec<A> g = load_widened(gradient + j * channels + c);
 #pragma GCC unroll 9
       for (int t = 0; t < Taps; ++t) {
-        if (j >= taps[t].begin && j < taps[t].end) {
-          sum[t] += g * load_widened(source[t] + j * pixel);
-        }
+        if (j >= taps[t].begin && j < taps[t].end) add(t, g, j);
       }
     }
   };
@@ -154,11 +202,14 @@ CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, in
   for (int64_t j = inside_begin; j < inside_end; ++j) {
     const Vec<A> g = load_widened(gradient + j * channels + c);
 #pragma GCC unroll 9
-    for (int t = 0; t < Taps; ++t) sum[t] += g * load_widened(source[t] + j * pixel);
+    for (int t = 0; t < Taps; ++t) add(t, g, j);
   }
   border(inside_end, columns);
 #pragma GCC unroll 9
-  for (int t = 0; t < Taps; ++t) store(sums + taps[t].weight * slots, sum[t]);
+  for (int t = 0; t < Taps; ++t) {
+#pragma GCC unroll 8
+    for (int i = 0; i < G; ++i) store(sums + (taps[t].weight * G + i) * slots, sum[t][i]);
+  }
 }
 
 // Sums move to double after so many rows.
@@ -171,7 +222,7 @@ void move_sums(A* sums, int64_t count, double* totals) {
 }
 
 // The weight gradient of one row of outputs at a time.
-template <class T>
+template <class T, int G>
 class NhwcWeightSums {
  public:
   NhwcWeightSums(const Conv2dProblem& problem, int64_t channels)
@@ -204,11 +255,17 @@ class NhwcWeightSums {
     }
     int64_t slot = 0;
     for_each_channel_vector<Accumulator<T>>(channels_, [&](int64_t c) {
-      for_each_tap_tile(static_cast<int64_t>(taps.size()), [&](int64_t t, auto tile) {
-        nhwc_weight_sums<T, decltype(tile)::value>(
+      const auto tile = [&](int64_t t, auto tile_taps) {
+        nhwc_weight_sums<T, decltype(tile_taps)::value, G>(
             taps.data() + t, gradients + y * out_row_, channels_, columns.count, inside_begin_,
             inside_end_, columns.step, c, sums + slot, slots_);
-      });
+      };
+      const int64_t count = static_cast<int64_t>(taps.size());
+      if constexpr (G == 1) {
+        for_each_tap_tile(count, tile);
+      } else {
+        for (int64_t t = 0; t < count; ++t) tile(t, Constant<1>{});
+      }
       slot += kLanes<Accumulator<T>>;
     });
   }
@@ -219,13 +276,13 @@ class NhwcWeightSums {
   int64_t inside_begin_ = 0, inside_end_;
 };
 
-template <class T>
+template <class T, int G>
 void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,
                    const void* grad_output_data, const void* input_data, const void* weight,
                    void* grad_input_data, void* grad_weight_data) {
   using A = Accumulator<T>;
   const int64_t channels = problem.out_channels;
-  const int64_t taps = problem.kernel_height * problem.kernel_width;
+  const int64_t taps = problem.kernel_height * problem.kernel_width * G;
   const int64_t slots = round_up(channels, kLanes<A>);
   const int64_t in_row = problem.in_width * channels;
   const int64_t out_row = problem.out_width * channels;
@@ -235,14 +292,14 @@ void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
   const int64_t chunks = depthwise_gradient_chunks(problem);
   const Workspace weights_workspace(taps * channels * static_cast<int64_t>(sizeof(A)));
   A* const weights = weights_workspace.as<A>();
-  if (wants_input) pack_taps<T>(problem, weight, weights);
+  if (wants_input) pack_taps<T, G>(problem, weight, true, weights);
   const int64_t table = taps * slots;
   const Workspace totals_workspace(
       wants_weight ? chunks * table * static_cast<int64_t>(sizeof(double)) : 0);
   double* const totals = totals_workspace.as<double>();
 
   const DepthwisePasses to_input = depthwise_gradient_passes(problem);
-  const NhwcWeightSums<T> weight_sums(problem, channels);
+  const NhwcWeightSums<T, G> weight_sums(problem, channels);
 
   const int64_t all_rows = problem.batch * out_rows;
   parallel_for(pool, chunks, plan.threads == 1, [&](int64_t begin, int64_t end) {
@@ -262,8 +319,8 @@ void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
             static_cast<const T*>(grad_output_data) + image * out_rows * out_row;
         if (wants_input) {
           // The input rows of an output row: a stride's worth; the last has the rest.
-          const NhwcRow<T> row = {gradients, out_row,  weights,
-                                  nullptr,   channels, problem.kernel_width};
+          const NhwcRow<T, G> row = {gradients, out_row,  weights,
+                                     nullptr,   channels, problem.kernel_width};
           const int64_t i0 = std::min(problem.in_height, y * problem.stride_h);
           const int64_t i1 = y == out_rows - 1
                                  ? problem.in_height
@@ -291,11 +348,15 @@ void nhwc_backward(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
     // The last vector's lanes are those of the last channels.
     const int64_t whole = slots - kLanes<A>;
     const int64_t slot = k < whole ? k : k - (channels - kLanes<A>)+whole;
-    T* const to = static_cast<T*>(grad_weight_data) + k * problem.weight_stride_k;
-    for (int64_t r = 0; r < problem.kernel_height; ++r) {
-      for (int64_t s = 0; s < problem.kernel_width; ++s) {
-        to[r * problem.weight_stride_r + s * problem.weight_stride_s] =
-            narrow<T>(static_cast<A>(totals[(r * problem.kernel_width + s) * slots + slot]));
+    for (int64_t i = 0; i < G; ++i) {
+      T* const to = static_cast<T*>(grad_weight_data) + k * problem.weight_stride_k +
+                    i * problem.weight_stride_c;
+      for (int64_t r = 0; r < problem.kernel_height; ++r) {
+        for (int64_t s = 0; s < problem.kernel_width; ++s) {
+          const int64_t tap = r * problem.kernel_width + s;
+          to[r * problem.weight_stride_r + s * problem.weight_stride_s] =
+              narrow<T>(static_cast<A>(totals[(tap * G + i) * slots + slot]));
+        }
       }
     }
   }
