@@ -304,6 +304,28 @@ def test_other_dtypes_go_to_aten() -> None:
         assert torch.equal(functional.conv2d(input, weight), F.conv2d(input, weight))
 
 
+@pytest.mark.parametrize("groups", [1, 4, 64])
+@pytest.mark.parametrize("padding", [30, 300, 3000])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_windows_in_the_padding_alone(
+    memory_format: torch.memory_format, padding: int, groups: int
+) -> None:
+    """A row of all windows may end before the image begins."""
+    options: dict[str, Any] = {
+        "stride": (1, 2 * padding + 1),
+        "padding": (0, padding),
+        "groups": groups,
+    }
+    shape = (16, 64, 3, 1, 64, (1, 1), options)
+    with onednn(False), runs_kernel("conv2d", "conv2d_backward"):
+        compare(
+            lambda x, w, b: functional.conv2d(x, w, b, **options),
+            lambda x, w, b: F.conv2d(x, w, b, **options),
+            case_arguments(shape, torch.float32, memory_format),
+            f"padding {padding}",
+        )
+
+
 @pytest.mark.parametrize(
     ("channels", "filters", "groups"), [(2, 4, 1), (4, 48, 1), (32, 32, 32)], ids=str
 )

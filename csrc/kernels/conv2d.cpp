@@ -210,7 +210,10 @@ void cut_into_tasks(Conv2dPlan& plan, const Conv2dProblem& problem, int64_t from
       source_bytes <= kFewSourceBytes) {
     plan.weights_first = true;
     plan.rows_per_task = std::max<int64_t>(1, rows);
-    const int64_t tile = plan.isa >= Isa::avx512 ? 4 : 2;
+    // A tile of vectors, or what gives every thread a task.
+    const int64_t vectors = problem.groups * ceil_div(to, int64_t{plan.vector_lanes});
+    const int64_t tile =
+        std::clamp<int64_t>(ceil_div(vectors, plan.threads), 1, plan.isa >= Isa::avx512 ? 4 : 2);
     plan.channels_per_task = tile * plan.vector_lanes;
     plan.workspace_bytes =
         (plan.in_place ? 0 : source_bytes) +
@@ -224,6 +227,7 @@ void cut_into_tasks(Conv2dPlan& plan, const Conv2dProblem& problem, int64_t from
   while (blocks > 1 && wanted % blocks != 0) --blocks;
   const int64_t ranges = std::min(ceil_div(wanted, std::max<int64_t>(1, blocks)),
                                   ceil_div(to, int64_t{plan.vector_lanes}));
+  if (blocks * ranges < wanted) blocks = std::min(rows, ceil_div(wanted, ranges));
   if (row_bytes > 0) {
     const int64_t cached = std::max<int64_t>(1, (kPackedChunkBytes - border_bytes) / row_bytes);
     blocks = std::max(blocks, ceil_div(rows, cached));
@@ -261,7 +265,8 @@ Conv2dPlan plan_depthwise(const Conv2dProblem& problem, Isa isa, int threads, in
   plan.workspace_bytes =
       accumulator_size(problem.dtype) *
       (problem.layout == Layout::nhwc
-           ? problem.out_channels * problem.kernel_height * problem.kernel_width
+           ? problem.out_channels * (problem.in_channels / problem.groups) * problem.kernel_height *
+                 problem.kernel_width
            : plan.threads * depthwise_packed_plane(passes.columns, source_rows).plane());
   return plan;
 }
@@ -375,7 +380,6 @@ Conv2dPlan plan_outer_product_weight_gradient(const Conv2dProblem& problem, Isa 
   // Pixels of so few channels are whole cache lines, more are packed.
   constexpr int64_t kLineChannels = 16;
   constexpr int64_t kFewestPairs = 24, kMostElements = 128 * 1024;
-  constexpr int64_t kBlock = 6;
   Conv2dPlan plan =
       pass_plan(problem, ConvAlgorithm::outer_product, isa, threads, 0, 1, problem.out_height);
   const int64_t group_in = problem.in_channels / problem.groups;
@@ -392,14 +396,14 @@ Conv2dPlan plan_outer_product_weight_gradient(const Conv2dProblem& problem, Isa 
   int64_t ranges = wanted;
   if (!plan.in_place) ranges = round_up(ceil_div(group_in * positions, kMostElements), wanted);
   ranges = std::min(ranges, group_in * taps / kFewestPairs);
-  plan.channels_per_task =
-      std::min(group_in, round_up(ceil_div(group_in, std::max<int64_t>(1, ranges)), kBlock));
-  const int64_t tile = 4 * vector_bytes(isa);
+  plan.channels_per_task = std::min(
+      group_in, round_up(ceil_div(group_in, std::max<int64_t>(1, ranges)), int64_t{kTilePairs}));
+  const int64_t tile = (isa >= Isa::avx512 ? 4 : 2) * vector_bytes(isa);
   plan.workspace_bytes =
       plan.threads * (sum.images * sum.rows * problem.out_width * tile +
                       (plan.in_place ? 0
                                      : accumulator_size(problem.dtype) * positions *
-                                           round_up(plan.channels_per_task, kBlock))) +
+                                           round_up(plan.channels_per_task, int64_t{kTilePairs}))) +
       accumulator_size(problem.dtype) * slices * group_in * problem.kernel_height *
           problem.kernel_width * problem.groups *
           round_up(problem.out_channels / problem.groups, lanes_of(problem, isa));
@@ -444,6 +448,7 @@ bool patches_apply(const Conv2dProblem& problem) {
   constexpr int64_t kMostPixels = 8, kFewestElements = 32;
   const int64_t pixels = problem.batch * problem.out_height * problem.out_width;
   return pixels >= 1 && pixels <= kMostPixels && problem.groups == 1 &&
+         problem.in_channels * problem.out_channels > 1 &&
          problem.in_channels * problem.kernel_height * problem.kernel_width >= kFewestElements &&
          patch_order(problem).dense;
 }

@@ -30,6 +30,10 @@ void random_conv2d_axis(Random& random, bool large_kernel, int64_t in, int64_t& 
                                  : random.between(9, 40);
   const int64_t most_padding = dilation > 3 ? dilation * (kernel - 1) : kernel;
   pad = random.chance(40) ? 0 : random.between(0, most_padding);
+  if (random.chance(3)) {  // windows that lie in the padding alone
+    pad = random.between(kernel, 60);
+    stride = in + pad + random.between(0, 3);
+  }
   const int64_t pad_after = random.chance(50) ? pad : random.between(0, most_padding);
   const int64_t room = in + pad + pad_after - dilation * (kernel - 1) - 1;
   out = room < 0 ? 0 : room / stride + 1;

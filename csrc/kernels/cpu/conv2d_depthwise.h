@@ -1,4 +1,4 @@
-// Depthwise convolution: one input and one output channel a group. See
+// Depthwise convolution: one input and one output channel a group, or in NHWC few. See
 // conv2d_depthwise_nhwc.inl and conv2d_depthwise_nchw.inl for the ideas.
 #pragma once
 

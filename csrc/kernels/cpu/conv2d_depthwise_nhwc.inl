@@ -60,8 +60,9 @@ struct NhwcRow {
   int64_t channels, kernel_width;
 };
 
-// Pixels j, …, j + P - 1 of a destination row, all of which read these taps.
-template <class T, int P, int G>
+// Pixels j, …, j + P - 1 of a destination row, all of which read these taps. Many products
+// are summed in chains.
+template <class T, int P, int G, bool Chains>
 CNNK_INLINE void nhwc_pixels(const NhwcRow<T, G>& row, const std::vector<AxisTap>& row_taps,
                              int64_t y, int64_t row_step, const std::vector<AxisTap>& column_taps,
                              int64_t j, int64_t column_step, T* out, int64_t out_pixel) {
@@ -75,6 +76,8 @@ CNNK_INLINE void nhwc_pixels(const NhwcRow<T, G>& row, const std::vector<AxisTap
     const Vec<A> start = row.bias != nullptr ? load(row.bias + c) : Vec<A>{};
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) sum[p] = start;
+    Vec<A> total[P] = {};
+    int64_t products = 0;
     for (const AxisTap& r : row_taps) {
       if (y < r.begin || y >= r.end) continue;
       const T* const source_row = source + (y * row_step + r.source) * row.source_row + c;
@@ -88,10 +91,22 @@ CNNK_INLINE void nhwc_pixels(const NhwcRow<T, G>& row, const std::vector<AxisTap
 #pragma GCC unroll 8
           for (int i = 0; i < G; ++i) sum[p] += load(w + i * channels) * group.of(x, i);
         }
+        if constexpr (Chains) {
+          products += G;
+          if (products < kSumLength) continue;
+          products = 0;
+#pragma GCC unroll 8
+          for (int p = 0; p < P; ++p) {
+            total[p] += sum[p];
+            sum[p] = Vec<A>{};
+          }
+        }
       }
     }
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) store_narrowed(out + p * out_pixel + c, sum[p]);
+    for (int p = 0; p < P; ++p) {
+      store_narrowed(out + p * out_pixel + c, Chains ? sum[p] + total[p] : sum[p]);
+    }
   });
 }
 
@@ -103,10 +118,15 @@ void nhwc_row(const NhwcRow<T, G>& row, const DepthwisePasses& passes, int64_t y
   for (const AxisPass& columns : passes.columns) {
     const int64_t out_pixel = columns.stride * row.channels;
     for (const AxisSegment& segment : columns.segments) {
-      for_each_pixel_tile(segment.begin, segment.end, [&](int64_t j, auto pixels) {
-        nhwc_pixels<T, decltype(pixels)::value, G>(
+      const auto tile = [&](int64_t j, auto pixels, auto chains) {
+        nhwc_pixels<T, decltype(pixels)::value, G, decltype(chains)::value>(
             row, rows.taps, y / classes, rows.step, segment.taps, j, columns.step,
             out + columns.first * row.channels + j * out_pixel, out_pixel);
+      };
+      const bool chains =
+          static_cast<int64_t>(rows.taps.size() * segment.taps.size()) * G > kSumLength;
+      for_each_pixel_tile(segment.begin, segment.end, [&](int64_t j, auto pixels) {
+        chains ? tile(j, pixels, std::true_type{}) : tile(j, pixels, std::false_type{});
       });
     }
   }

@@ -6,6 +6,10 @@
 
 namespace cnnkernels {
 
+// (Input channel, tap) pairs of a tile of the weight gradient, and channels of a block that
+// it packs: with 2 vectors of 16 registers, or 4 of 32, they leave room for the operands.
+constexpr int kTilePairs = 6;
+
 // What one sum of the weight gradient goes over, before it is added to the totals:
 // rows of an image, or whole images where they are small.
 struct GradientSum {

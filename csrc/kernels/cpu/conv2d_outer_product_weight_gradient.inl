@@ -14,10 +14,6 @@
 // reads. Neither the sums nor the slices depend on the number of threads, so that the
 // order of a sum does not.
 
-// Pairs of a tile, and channels of a packed block: with 2 vectors of 16 registers or 4 of
-// 32, they leave room for the operands.
-constexpr int kTilePairs = 6;
-
 // Rows and columns of an image with its border, the first ones and the steps given, as
 // [block][row][column][6]; zero past the last channel.
 template <class T>

@@ -84,8 +84,9 @@ CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProd
   }
 }
 
-// Calls body(first vector, Constant<KV>) for tiles that cover `vectors`: as many of Widest
-// as leave no tile of one vector, the others of one more or one less.
+// Calls body(first vector, Constant<KV>) for tiles that cover `vectors`: tiles of one more or
+// one less than Widest, until those that are left are a multiple of it; so none is of one
+// vector, unless there is but one.
 template <int Widest = kTileVectors, class Body>
 CNNK_INLINE void for_each_vector_tile(int64_t vectors, Body&& body) {
   constexpr int other = Widest == 2 ? 3 : Widest - 1;

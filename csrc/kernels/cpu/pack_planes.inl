@@ -8,10 +8,12 @@ struct ColumnRange {
 
 CNNK_INLINE ColumnRange columns_inside(const PackedPlanes& packed, int64_t width, int64_t phase) {
   const int64_t before = packed.left - phase;
-  const int64_t begin = before > 0 ? ceil_div(before, packed.phases) : 0;
+  // With much padding the whole row may lie before the image.
+  const int64_t begin =
+      std::min(before > 0 ? ceil_div(before, packed.phases) : 0, packed.row_length);
   const int64_t last = width - 1 + packed.left - phase;
   const int64_t end = last < 0 ? 0 : last / packed.phases + 1;
-  return {std::min(begin, packed.row_length), std::max(begin, std::min(end, packed.row_length))};
+  return {begin, std::clamp(end, begin, packed.row_length)};
 }
 
 template <class A>

@@ -16,9 +16,9 @@ using Vec = typename VectorOf<T>::type;
 template <class T>
 constexpr int kLanes = CNNK_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
-// Products are summed in chains of at most this many, and the chains then added up:
-// the rounding error of a float sum grows with the length of its chain. The baseline
-// also rounds each product.
+// Products are summed in chains of about this many, in long sums of more (chain_length), and
+// the chains then added up: the rounding error of a float sum grows with the length of its
+// chain. The baseline also rounds each product.
 constexpr int64_t kSumLength = CNNK_VECTOR_BYTES > 16 ? 32 : 16;
 
 // The integer as wide as T, of which comparisons of Vec<T> are made.
