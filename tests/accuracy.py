@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from conftest import runs_kernel
 from torch import Tensor
+from torch.nn import functional as F
+
+from cnnkernels import functional
 
 # The unit roundoff of each type: two roundings of a result are always allowed.
 ROUNDOFF = {
@@ -107,3 +112,14 @@ def compare(
         names, gradients, torch_gradients, truth_gradients, magnitude_gradients, strict=False
     ):
         assert_close_to_truth(*tensors, f"{what}: gradient of {name}")
+
+
+def compare_conv2d(arguments: Sequence[Tensor | None], options: dict[str, Any], what: str) -> None:
+    """Compare convolutions with options, and assert that native kernels ran both ways."""
+    with runs_kernel("conv2d", "conv2d_backward"):
+        compare(
+            lambda x, w, b=None: functional.conv2d(x, w, b, **options),
+            lambda x, w, b=None: F.conv2d(x, w, b, **options),
+            arguments,
+            what,
+        )

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import compare, onednn
-from conftest import ISAS, runs_kernel
+from accuracy import compare_conv2d, onednn
+from conftest import ISAS
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -75,16 +75,6 @@ def tensors(
     return [t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for t in made]
 
 
-def compare_native(arguments: list[Tensor], options: dict[str, Any], what: str) -> None:
-    with runs_kernel("conv2d", "conv2d_backward"):
-        compare(
-            lambda x, w, b: functional.conv2d(x, w, b, **options),
-            lambda x, w, b: F.conv2d(x, w, b, **options),
-            arguments,
-            what,
-        )
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
@@ -94,7 +84,7 @@ def test_accuracy(name: str, dtype: torch.dtype, memory_format: torch.memory_for
     plan = explain(functional.conv2d, *arguments, **options)
     assert plan["algorithm"] == "amx"
     assert plan["parts"] == {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}[dtype]
-    compare_native(arguments, options, f"{name} {dtype} {memory_format}")
+    compare_conv2d(arguments, options, f"{name} {dtype} {memory_format}")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -106,7 +96,7 @@ def test_row_runs(name: str, dtype: torch.dtype, memory_format: torch.memory_for
     if dtype == torch.bfloat16:
         assert explain(functional.conv2d, *arguments, **options)["algorithm"] == "amx"
     with onednn(name != "wide padding"):  # its outputs that read only padding crash it
-        compare_native(arguments, options, f"{name} {dtype} {memory_format}")
+        compare_conv2d(arguments, options, f"{name} {dtype} {memory_format}")
     # What is not finite must not spread through the weights of zero at the end of a run.
     x, w, b = arguments
     x[0, 0, 20, 20] = torch.inf

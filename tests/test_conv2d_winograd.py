@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from accuracy import compare
-from conftest import ISAS, runs_kernel
+from accuracy import compare_conv2d
+from conftest import ISAS
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,13 +67,7 @@ def test_accuracy(
     arguments = tensors(shape, dtype, memory_format)
     padding = shape[-1]
     assert explain(functional.conv2d, *arguments, padding=padding)["algorithm"] == "winograd"
-    with runs_kernel("conv2d", "conv2d_backward"):
-        compare(
-            lambda x, w, b: functional.conv2d(x, w, b, padding=padding),
-            lambda x, w, b: F.conv2d(x, w, b, padding=padding),
-            arguments,
-            str(shape),
-        )
+    compare_conv2d(arguments, {"padding": padding}, str(shape))
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
