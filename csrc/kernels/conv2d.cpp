@@ -9,6 +9,7 @@
 #include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_outer_product.h"
 #include "kernels/cpu/conv2d_patches.h"
+#include "kernels/cpu/conv2d_runs.h"
 #include "kernels/cpu/conv2d_winograd.h"
 #include "kernels/cpu/gradient_phase.h"
 
@@ -154,6 +155,44 @@ double row_runs_cost(const Conv2dProblem& problem) {
   return products * amx_block_cycles(problem) +
          (problem.layout == Layout::nchw ? 1.5 : 0.7) * copying + storing +
          call / static_cast<double>(std::max<int64_t>(1, problem.batch));
+}
+
+// The same for a weight gradient.
+double amx_weight_gradient_cost(const Conv2dProblem& problem) {
+  const double pixels =
+      static_cast<double>(round_up(problem.out_height * problem.out_width, kAmxDepth));
+  const double in = static_cast<double>(round_up(problem.in_channels / problem.groups, 16));
+  const double out = static_cast<double>(round_up(problem.out_channels / problem.groups, 16));
+  const double taps = static_cast<double>(problem.kernel_height * problem.kernel_width);
+  const double products = pixels / 32 * in / 32 * out / 32 * taps;
+  const double residues = static_cast<double>(std::min(problem.stride_h, problem.kernel_height) *
+                                              std::min(problem.stride_w, problem.kernel_width));
+  const double packing = pixels * (in * residues + out) * 0.6;
+  const double call = (3000 + in * out * taps) / static_cast<double>(problem.batch);
+  return products * amx_block_cycles(problem) + packing + call;
+}
+
+// Weights of a group.
+int64_t weight_elements(const Conv2dProblem& problem) {
+  return problem.in_channels / problem.groups * problem.kernel_height * problem.kernel_width *
+         (problem.out_channels / problem.groups);
+}
+
+// Whether a weight gradient that is read where it lies is faster than one that is packed, if
+// not for tiles: its totals are read and written for every block of pixels.
+bool runs_pay(const Conv2dProblem& problem) {
+  constexpr int64_t kMostWeights = 48 * 1024;
+  return weight_elements(problem) <= kMostWeights;
+}
+
+// The same for a weight gradient that is read where it lies.
+double runs_cost(const Conv2dProblem& problem, int64_t lanes) {
+  const GradientRuns runs = gradient_runs(problem, lanes);
+  const double vectors =
+      static_cast<double>(ceil_div(runs.vector_channels, lanes) * runs.run * problem.kernel_height);
+  const double totals = static_cast<double>(weight_elements(problem)) / (128 * 1024);
+  return static_cast<double>(problem.out_height * problem.out_width) * vectors *
+         (0.34 + 0.16 * totals);
 }
 
 // The same for Winograd's algorithm: 16 products a tile of 2x2, and its transforms.
@@ -420,6 +459,19 @@ Conv2dPlan plan_patches(const Conv2dProblem& problem, Isa isa, int threads) {
   return plan;
 }
 
+Conv2dPlan plan_runs(const Conv2dProblem& problem, Isa isa, int threads) {
+  Conv2dPlan plan = pass_plan(problem, ConvAlgorithm::runs, isa, threads, 0, 1, 1);
+  const GradientRuns runs = gradient_runs(problem, plan.vector_lanes);
+  const int64_t packed = gradient_runs_packed_elements(problem, runs);
+  plan.rows_per_task = runs.block_rows;
+  plan.in_place = packed == 0;
+  plan.workspace_bytes =
+      accumulator_size(problem.dtype) *
+      (plan.threads * packed + runs.slices * problem.kernel_height * runs.run *
+                                   round_up(runs.vector_channels, int64_t{plan.vector_lanes}));
+  return plan;
+}
+
 // A pass to `to` channels of rows x columns results.
 Conv2dPlan plan_winograd(const Conv2dProblem& problem, Isa isa, int threads, int64_t from,
                          int64_t to, int64_t rows, int64_t columns) {
@@ -451,6 +503,13 @@ bool patches_apply(const Conv2dProblem& problem) {
          problem.in_channels * problem.out_channels > 1 &&
          problem.in_channels * problem.kernel_height * problem.kernel_width >= kFewestElements &&
          patch_order(problem).dense;
+}
+
+bool runs_apply(const Conv2dProblem& problem, Isa isa) {
+  const int64_t lanes = lanes_of(problem, isa);
+  return problem.layout == Layout::nhwc && problem.groups == 1 && of_accumulator_type(problem) &&
+         (problem.dilation_w == 1 || problem.kernel_width == 1) &&
+         gradient_runs(problem, lanes).vector_channels >= lanes;
 }
 
 bool amx_applies(const Conv2dProblem& problem, Isa isa) {
@@ -554,6 +613,7 @@ Conv2dPlan plan_weight_gradient(const Conv2dProblem& problem, ConvAlgorithm algo
                           depthwise_forward_passes(problem), problem.in_height, true);
   }
   if (algorithm == ConvAlgorithm::amx) return plan_amx_weight_gradient(problem, isa, threads);
+  if (algorithm == ConvAlgorithm::runs) return plan_runs(problem, isa, threads);
   if (algorithm == ConvAlgorithm::outer_product) {
     return plan_outer_product_weight_gradient(problem, isa, threads);
   }
@@ -629,23 +689,16 @@ Conv2dPlan plan_conv2d_weight_gradient(const Conv2dProblem& problem, Isa isa, in
   const double outer =
       (0.62 * pairs + 8) *
       static_cast<double>(problem.out_height * problem.out_width * ceil_div(group_out, lanes));
-  if (amx_applies(problem, isa)) {
-    const double pixels =
-        static_cast<double>(round_up(problem.out_height * problem.out_width, kAmxDepth));
-    const double in = static_cast<double>(round_up(problem.in_channels / problem.groups, 16));
-    const double out = static_cast<double>(round_up(group_out, 16));
-    const double taps = static_cast<double>(problem.kernel_height * problem.kernel_width);
-    const double products = pixels / 32 * in / 32 * out / 32 * taps;
-    const double residues = static_cast<double>(std::min(problem.stride_h, problem.kernel_height) *
-                                                std::min(problem.stride_w, problem.kernel_width));
-    const double packing = pixels * (in * residues + out) * 0.6;
-    const double call = (3000 + in * out * taps) / static_cast<double>(problem.batch);
-    if (products * amx_block_cycles(problem) + packing + call < std::min(outer, direct)) {
-      return plan_weight_gradient(problem, ConvAlgorithm::amx, isa, threads);
-    }
+  ConvAlgorithm best = outer < direct ? ConvAlgorithm::outer_product : ConvAlgorithm::direct;
+  double cost = std::min(outer, direct);
+  if (runs_apply(problem, isa) && runs_pay(problem)) {
+    best = ConvAlgorithm::runs;
+    cost = runs_cost(problem, lanes);
   }
-  return plan_weight_gradient(
-      problem, outer < direct ? ConvAlgorithm::outer_product : ConvAlgorithm::direct, isa, threads);
+  if (amx_applies(problem, isa) && amx_weight_gradient_cost(problem) < cost) {
+    best = ConvAlgorithm::amx;
+  }
+  return plan_weight_gradient(problem, best, isa, threads);
 }
 
 PackedPlanes packed_input(const Conv2dProblem& problem, int64_t phases) {
@@ -745,10 +798,10 @@ void conv2d_weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan
                            grad_output, input, grad_weight);
     return;
   }
-  const auto run = plan.algorithm == ConvAlgorithm::direct ? conv2d_direct_weight_gradient
-                   : plan.algorithm == ConvAlgorithm::patches
-                       ? conv2d_patches_weight_gradient
-                       : conv2d_outer_product_weight_gradient;
+  const auto run = plan.algorithm == ConvAlgorithm::direct    ? conv2d_direct_weight_gradient
+                   : plan.algorithm == ConvAlgorithm::patches ? conv2d_patches_weight_gradient
+                   : plan.algorithm == ConvAlgorithm::runs ? conv2d_runs_weight_gradient
+                                                           : conv2d_outer_product_weight_gradient;
   run(problem, plan, pool, grad_output, input, grad_weight);
 }
 

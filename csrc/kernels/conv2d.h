@@ -45,6 +45,7 @@ enum class ConvAlgorithm : uint8_t {
   winograd,       // 3x3 kernels with fewer products: conv2d_winograd.inl
   amx,            // products of bfloat16 parts on matrix tiles: conv2d_amx.inl
   patches,        // few output pixels: conv2d_patches.inl
+  runs,           // a weight gradient that is read where it lies: conv2d_runs_weight_gradient.inl
 };
 
 inline const char* algorithm_name(ConvAlgorithm algorithm) {
@@ -59,6 +60,8 @@ inline const char* algorithm_name(ConvAlgorithm algorithm) {
       return "amx";
     case ConvAlgorithm::patches:
       return "patches";
+    case ConvAlgorithm::runs:
+      return "runs";
     default:
       return "depthwise";
   }
@@ -104,6 +107,10 @@ bool winograd_applies(const Conv2dProblem& problem);
 // Whether whole patches are multiplied by weights where they lie: few output pixels, one
 // group, and weights of a channel without gaps.
 bool patches_apply(const Conv2dProblem& problem);
+
+// Whether a weight gradient can be read where it lies: float32 or float64 in NHWC, one group,
+// undilated rows, and a vector of channels on one side.
+bool runs_apply(const Conv2dProblem& problem, Isa isa);
 
 // Whether matrix tiles take a problem.
 bool amx_applies(const Conv2dProblem& problem, Isa isa);

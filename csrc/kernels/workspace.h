@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/block_cache.h"
+
 namespace cnnkernels {
 
 // Owns a 64-byte-aligned block for its lifetime. Blocks come from and return
-// to one list for the whole process, which keeps at most 32 MiB; contents are
+// to one cache for the whole process, which keeps at most 32 MiB; contents are
 // undefined. Throws std::bad_alloc.
 class Workspace {
  public:
@@ -18,12 +20,11 @@ class Workspace {
 
   template <class T>
   T* as() const {
-    return static_cast<T*>(data_);
+    return static_cast<T*>(block_.data);
   }
 
  private:
-  void* data_;
-  size_t capacity_;
+  const MemoryBlock block_;
 };
 
 // For tests: fills every block with NaN before it is used, so that a kernel that

@@ -11,6 +11,7 @@
 #include "ops/autocast.h"
 #include "ops/dispatch.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 
 namespace cnnkernels {
 namespace ops {

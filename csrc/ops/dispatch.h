@@ -4,7 +4,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_native.h>
 
 #include <optional>
 
@@ -17,13 +16,6 @@ bool needs_gradient(const Tensors&... tensors) {
 
 inline bool has_value(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
-}
-
-// at::empty, but not through the dispatcher, which on small tensors costs more
-// than the memory.
-inline at::Tensor empty_cpu(at::IntArrayRef size, at::ScalarType dtype,
-                            at::MemoryFormat format = at::MemoryFormat::Contiguous) {
-  return at::native::empty_cpu(size, dtype, at::kStrided, at::kCPU, false, format);
 }
 
 // The elements to read: a tensor may have lost its storage.

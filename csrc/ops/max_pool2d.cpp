@@ -8,6 +8,7 @@
 #include "ops/arguments.h"
 #include "ops/dispatch.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 
 namespace cnnkernels {
 namespace ops {

@@ -9,6 +9,7 @@
 #include "kernels/workspace.h"
 #include "ops/arguments.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 
 namespace py = pybind11;
 
@@ -428,6 +429,11 @@ py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py:
   return result;
 }
 
+void empty_cache() {
+  release_workspaces();
+  release_results();
+}
+
 py::dict kernel_call_counts() {
   const KernelCalls& calls = kernel_calls();
   py::dict result;
@@ -462,5 +468,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("kernel_calls", &cnnkernels::kernel_call_counts);
   m.def("set_isa", &cnnkernels::set_isa);
   m.def("poison_workspaces", &cnnkernels::poison_workspaces);
-  m.def("release_workspaces", &cnnkernels::release_workspaces);
+  m.def("empty_cache", &cnnkernels::empty_cache);
 }

@@ -13,14 +13,18 @@ namespace {
 
 bool poisoned = false;
 
-}  // namespace
-
-Workspace::Workspace(int64_t bytes) : data_(nullptr), capacity_(static_cast<size_t>(bytes)) {
-  if (posix_memalign(&data_, 64, capacity_) != 0) throw std::bad_alloc();
-  if (poisoned) std::memset(data_, 0xff, capacity_);
+MemoryBlock exact_block(int64_t bytes) {
+  MemoryBlock block = {nullptr, static_cast<size_t>(bytes)};
+  if (posix_memalign(&block.data, 64, block.capacity) != 0) throw std::bad_alloc();
+  if (poisoned) std::memset(block.data, 0xff, block.capacity);
+  return block;
 }
 
-Workspace::~Workspace() { std::free(data_); }
+}  // namespace
+
+Workspace::Workspace(int64_t bytes) : block_(exact_block(bytes)) {}
+
+Workspace::~Workspace() { std::free(block_.data); }
 
 void poison_workspaces(bool poison) { poisoned = poison; }
 

@@ -85,9 +85,9 @@ struct GradientMemory {
   }
 };
 
-constexpr ConvAlgorithm kAlgorithms[] = {ConvAlgorithm::direct,    ConvAlgorithm::outer_product,
-                                         ConvAlgorithm::depthwise, ConvAlgorithm::winograd,
-                                         ConvAlgorithm::amx,       ConvAlgorithm::patches};
+constexpr ConvAlgorithm kAlgorithms[] = {
+    ConvAlgorithm::direct, ConvAlgorithm::outer_product, ConvAlgorithm::depthwise,
+    ConvAlgorithm::winograd, ConvAlgorithm::amx, ConvAlgorithm::patches, ConvAlgorithm::runs};
 constexpr ConvAlgorithm kBlockAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product};
 
 bool reads_border(const Conv2dProblem& p) {
@@ -161,12 +161,18 @@ void check_conv2d(Random& random) {
           if (algorithm == ConvAlgorithm::patches && (p.groups > 1 || !patch_order(p).dense)) {
             return;
           }
-          const Memory out(element, tensors.output_shape, tensors.output_strides);
-          conv2d_forward(p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
-                         pool, input.data(), weight.data(), bias_data, out.data());
-          expect_holds(out, output, "output");
+          const bool runs = algorithm == ConvAlgorithm::runs;  // the weight gradient alone
+          if (runs && !runs_apply(p, isa)) return;
+          if (!runs) {
+            const Memory out(element, tensors.output_shape, tensors.output_strides);
+            conv2d_forward(p,
+                           cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
+                           pool, input.data(), weight.data(), bias_data, out.data());
+            expect_holds(out, output, "output");
+          }
           GradientMemory to(random, element, tensors);
           to.wants_bias = false;
+          to.wants_input = to.wants_input && !runs;
           if (to.wants_input) {
             conv2d_input_gradient(
                 p, cut_at_random(random, p, plan_input_gradient(p, algorithm, isa, pool.threads)),

@@ -65,11 +65,12 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
                       (block.rows == 1 || block.out_row == block.columns) && count >= P;
   // Vectors of channels share out what is to be fetched, and tiles a vector's share, so that
   // memory is read all the while.
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(A));
   const int64_t vectors = ceil_div(out.channels, lanes);
   const int64_t behind = block.fetches ? count * block.pixel_elements : 0;
-  const int64_t fetched_by_tile = round_up(behind * KV / vectors / ceil_div(count, P), line);
-  const A* fetched = block.source + behind + behind * v / vectors;
+  FetchedLines lines = {reinterpret_cast<const char*>(block.source + behind + behind * v / vectors),
+                        0};
+  const int64_t lines_of_tile = ceil_div(
+      behind * KV / vectors / ceil_div(count, P) * static_cast<int64_t>(sizeof(A)), int64_t{64});
   int64_t y = 0, x = 0;  // of the first pixel
   for (int64_t i = 0; i < count; i += P) {
     // The last tile is moved back to end with the block; where there are fewer
@@ -105,11 +106,17 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
       x = 0;
       ++y;
     }
-    for (const A* const end = fetched + fetched_by_tile; fetched < end; fetched += line) {
-      __builtin_prefetch(fetched, 0, 2);
-    }
+    // A few at once; more, step by step.
+    constexpr int64_t kFewLines = 8;
     Vec<A> total[P][KV];
-    outer_product_tile(source, steps, v, total);
+    lines.count = lines_of_tile;
+    if (lines_of_tile > kFewLines) {
+      outer_product_tile<true>(source, steps, v, total, lines);
+      lines.first += lines_of_tile * 64;
+    } else {
+      while (lines.count > 0) lines.fetch_next();
+      outer_product_tile(source, steps, v, total);
+    }
     const int64_t k = v * lanes;
     if (out.bias != nullptr) {
       for (int w = 0; w < KV; ++w) {

@@ -14,6 +14,8 @@
 // reads. Neither the sums nor the slices depend on the number of threads, so that the
 // order of a sum does not.
 
+#include "kernels/cpu/weight_totals.inl"
+
 // Rows and columns of an image with its border, the first ones and the steps given, as
 // [block][row][column][6]; zero past the last channel.
 template <class T>
@@ -143,42 +145,6 @@ CNNK_INLINE void for_each_pair_tile(int64_t vectors, Body&& body) {
 struct GradientSource {
   int64_t block, block_step, row_step, column_step, image_step;
 };
-
-// A row of totals and the weight that it becomes, of the first output channel.
-struct GradientWeight {
-  int64_t row, at;
-};
-
-// Totals [row][channel] of all slices, added up, to `count` output channels of weights.
-template <class T>
-void write_totals(const Accumulator<T>* totals, int64_t row_length, int64_t slices,
-                  int64_t slice_step, const std::vector<GradientWeight>& weights, int64_t count,
-                  T* to, int64_t weight_step) {
-  using A = Accumulator<T>;
-  constexpr int64_t lanes = kLanes<A>;
-  const int64_t pairs = static_cast<int64_t>(weights.size());
-  const auto sum = [&](const GradientWeight& weight) {
-    const A* const first = totals + weight.row * row_length;
-    Vec<A> total = load(first);
-    for (int64_t slice = 1; slice < slices; ++slice) total += load(first + slice * slice_step);
-    return total;
-  };
-  for (int64_t i = 0; i < pairs;) {
-    const GradientWeight* const next = weights.data() + i;
-    bool consecutive = i + lanes <= pairs;
-    for (int64_t j = 1; consecutive && j < lanes; ++j) consecutive = next[j].at == next->at + j;
-    if (!consecutive) {
-      store_first(to + next->at, sum(*next), count, weight_step);
-      ++i;
-      continue;
-    }
-    Vec<A> square[lanes];
-    for (int64_t j = 0; j < lanes; ++j) square[j] = sum(next[j]);
-    transpose<A>(square);
-    for (int64_t k = 0; k < count; ++k) store_narrowed(to + k * weight_step + next->at, square[k]);
-    i += lanes;
-  }
-}
 
 template <class A>
 void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadPool& pool,

@@ -33,11 +33,25 @@ struct OuterProductSteps {
   int64_t step;     // from one step to the next
 };
 
+// Cache lines to fetch, one after the other. A tile takes one a step: many at once would wait
+// for one another, and the tile for them.
+struct FetchedLines {
+  const char* first;
+  int64_t count;
+
+  CNNK_INLINE void fetch_next() {
+    if (count <= 0) return;
+    __builtin_prefetch(first, 0, 2);
+    first += 64;
+    --count;
+  }
+};
+
 // sum[p][v] = the products of steps [begin, end).
-template <class A, int KV, int P>
+template <bool Fetches, class A, int KV, int P>
 CNNK_INLINE void outer_product_sum(const A* const (&source)[P], const OuterProductSteps<A>& steps,
                                    int64_t first_vector, int64_t begin, int64_t end,
-                                   Vec<A> (&sum)[P][KV]) {
+                                   Vec<A> (&sum)[P][KV], FetchedLines& lines) {
   const A* const panels = steps.panels + first_vector * steps.panel;
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
@@ -45,6 +59,7 @@ CNNK_INLINE void outer_product_sum(const A* const (&source)[P], const OuterProdu
     for (int v = 0; v < KV; ++v) sum[p][v] = Vec<A>{};
   }
   for (int64_t i = begin; i < end; ++i) {
+    if constexpr (Fetches) lines.fetch_next();
     const int64_t offset = steps.offsets[i];
     Vec<A> weight[KV];
 #pragma GCC unroll 4
@@ -58,13 +73,14 @@ CNNK_INLINE void outer_product_sum(const A* const (&source)[P], const OuterProdu
   }
 }
 
-// total[p][v] = the products of all steps, summed in chains.
-template <class A, int KV, int P>
+// total[p][v] = the products of all steps, summed in chains. May fetch lines meanwhile.
+template <bool Fetches = false, class A, int KV, int P>
 CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProductSteps<A>& steps,
-                                    int64_t first_vector, Vec<A> (&total)[P][KV]) {
+                                    int64_t first_vector, Vec<A> (&total)[P][KV],
+                                    FetchedLines lines = {nullptr, 0}) {
   const int64_t chain = chain_length(steps.count);
   if (steps.count <= chain) {
-    outer_product_sum(source, steps, first_vector, 0, steps.count, total);
+    outer_product_sum<Fetches>(source, steps, first_vector, 0, steps.count, total, lines);
     return;
   }
 #pragma GCC unroll 8
@@ -74,8 +90,8 @@ CNNK_INLINE void outer_product_tile(const A* const (&source)[P], const OuterProd
   }
   for (int64_t begin = 0; begin < steps.count; begin += chain) {
     Vec<A> sum[P][KV];
-    outer_product_sum(source, steps, first_vector, begin, std::min(steps.count, begin + chain),
-                      sum);
+    outer_product_sum<Fetches>(source, steps, first_vector, begin,
+                               std::min(steps.count, begin + chain), sum, lines);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
