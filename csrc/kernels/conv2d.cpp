@@ -131,8 +131,8 @@ double amx_cost(const Pass& pass, const Conv2dProblem& problem) {
   const double depth = static_cast<double>(round_up(pass.from, kAmxDepth));
   const double taps = static_cast<double>(pass.taps);
   const double products = pixels / 32 * channels / 32 * depth / 32 * taps;
-  const double packing = pixels * depth * static_cast<double>(pass.residues);
-  const double storing = pixels * channels * (problem.layout == Layout::nchw ? 0.5 : 0.35);
+  const double packing = 1.4 * pixels * depth * static_cast<double>(pass.residues);
+  const double storing = 0.5 * pixels * channels;
   const double weights = channels * depth * taps * 1.5;
   const double call = 40000;
   return products * amx_block_cycles(problem) + packing + storing +

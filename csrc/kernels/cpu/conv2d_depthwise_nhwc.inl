@@ -143,8 +143,15 @@ void nhwc_pixels_of_neighbours(const NhwcRow<T, 1>& row, const std::vector<AxisT
     const Vec<A> start = row.bias != nullptr ? load(row.bias + c) : Vec<A>{};
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) sum[p] = start;
+    // What the next row reads for the first time lies a row apart, where no prefetcher of the
+    // processor's looks.
+    const T* ahead = source + ((y + 1) * row_step + row_taps.back().source) * row.source_row + c;
     for (const AxisTap& r : row_taps) {
       if (y < r.begin || y >= r.end) continue;
+#pragma GCC unroll 18
+      for (int i = 0; i < ceil_div(Step * P, 3); ++i, ahead += channels) {
+        __builtin_prefetch(ahead, 0, 2);
+      }
       const T* const from = source + (y * row_step + r.source) * row.source_row + c;
       const A* const weights = row.weights + r.kernel_index * row.kernel_width * channels + c;
       const Vec<A> weight[3] = {load(weights + three.kernel_index[0] * channels),
