@@ -71,6 +71,8 @@ struct TileScope {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } const shape;
+    // GCC's intrinsic claims to read the first eight bytes only: the others must be there too.
+    __asm__ volatile("" : : "r"(&shape) : "memory");
     _tile_loadconfig(&shape);
   }
   ~TileScope() { _tile_release(); }

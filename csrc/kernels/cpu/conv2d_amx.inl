@@ -32,12 +32,17 @@ inline int64_t last_tap(const Conv2dProblem& problem) {
 
 #include "kernels/cpu/conv2d_amx_chunks.inl"
 #include "kernels/cpu/conv2d_amx_few_pixels.inl"
+#include "kernels/cpu/conv2d_amx_in_place.inl"
 #include "kernels/cpu/conv2d_amx_pointwise.inl"
 
 template <int Parts>
 bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
   if (plan.amx_order == AmxOrder::few_pixels) return few_pixels_pass<Parts>(plan, pool, problem);
   if (plan.amx_order == AmxOrder::chunks) return chunks_pass<Parts>(plan, pool, problem);
+  if (reads_in_place(problem)) {
+    in_place_pass(plan, pool, problem);
+    return true;
+  }
   bool finite = true;
   with_storage<float>(problem.dtype, [&](auto element) {
     finite = pointwise_pass<decltype(element), Parts>(plan, pool, problem);

@@ -53,21 +53,9 @@ class PackAndStore {
   Largest largest_{};
 };
 
-// Whether the pixels of a pointwise pass are tiles where they lie.
-template <class T>
-bool reads_in_place(const GridProblem& problem) {
-  const GridAxis& rows = problem.grid.rows;
-  const GridAxis& columns = problem.grid.columns;
-  return std::is_same_v<T, bfloat16> && problem.source.plane.channel_stride == 1 &&
-         problem.matrix.from_channels % kTileDepth == 0 && rows.step == 1 && columns.step == 1 &&
-         rows.low == 0 && columns.low == 0 && rows.count == problem.source.plane.height &&
-         columns.count == problem.source.plane.width;
-}
-
 // One tap, and weights that stay in the cache: all work of the vectors, on the 32
 // pixels before and the 32 behind, goes on beside the products of 32 pixels, whose
-// parts are in the first-level cache. Pixels of bfloat16 in channels_last are read
-// where they lie.
+// parts are in the first-level cache.
 template <class T, int Parts>
 bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
   const Grid& grid = problem.grid;
@@ -75,11 +63,6 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
   const int64_t blocks = problem.blocks();
   const std::vector<ClassSteps> classes = class_steps(problem, blocks, 0, kBlock);
   const ClassSteps& steps = classes.front();
-  const bool in_place = reads_in_place<T>(problem);
-  ClassSteps steps_in_place = steps;
-  for (int64_t block = 0; block < blocks; ++block) {
-    steps_in_place.offsets[static_cast<size_t>(block)] = block * kTileDepth;
-  }
   const Workspace weight_workspace(packed_weight_elements<Parts>(problem, classes) *
                                    static_cast<int64_t>(sizeof(uint16_t)));
   uint16_t* const tiles = weight_workspace.as<uint16_t>();
@@ -133,26 +116,9 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
           const auto packed = [&](int64_t i) {
             return workspace.as<uint16_t>() + i % 2 * Parts * part_step;
           };
-          // A tile of 16 pixels must not read past the last.
-          const int64_t blocks_in_place = in_place ? (last - first) / kBlock : 0;
-          for (int64_t i = 0; i < blocks_in_place; ++i) {
-            const uint16_t* const rows_at = static_cast<const uint16_t*>(problem.source_data) +
-                                            (first + i * kBlock) * problem.source.channels;
-            for (int64_t group = 0; group < problem.groups; ++group) {
-              for (int64_t k = 0; k < group_out; k += kBlock) {
-                multiply_pixels<Parts>(steps_in_place, 0, blocks, true, true, true, destination, i,
-                                       i + 1, rows_at + group * problem.matrix.from_channels, 0,
-                                       class_weights<Parts>(tiles, problem, steps, group, k / 16),
-                                       column_block(problem, group, k, group_out), store, store,
-                                       two_sums, nullptr, problem.source.channels);
-              }
-            }
-          }
-          if (blocks_in_place < destination.run_blocks) {
-            meanwhile.pack(blocks_in_place, packed(blocks_in_place), 1);
-            meanwhile.finish();
-          }
-          for (int64_t i = blocks_in_place; i < destination.run_blocks; ++i) {
+          meanwhile.pack(0, packed(0), 1);
+          meanwhile.finish();
+          for (int64_t i = 0; i < destination.run_blocks; ++i) {
             if (i + 1 < destination.run_blocks) meanwhile.pack(i + 1, packed(i + 1), calls);
             for (int64_t group = 0; group < problem.groups; ++group) {
               for (int64_t k = 0; k < group_out; k += kBlock) {
