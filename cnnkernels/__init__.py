@@ -20,7 +20,7 @@ from __future__ import annotations
 from cnnkernels import _registration as _registration
 from cnnkernels import autograd, functional, nn, optim
 from cnnkernels._backend import get_backend, use_backend
-from cnnkernels._config import Plan, explain, show_config
+from cnnkernels._config import Plan, empty_cache, explain, show_config
 from cnnkernels._native import is_native_available
 from cnnkernels.convert import patch, replace_modules
 
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "__version__",
     "autograd",
+    "empty_cache",
     "explain",
     "functional",
     "get_backend",

@@ -48,6 +48,18 @@ def show_config() -> str:
     return "\n".join(f"{name + ':' if name else '':<{width}}{text}" for name, text in rows)
 
 
+def empty_cache() -> None:
+    """Free the memory that is kept for the next call: that of results, and workspaces.
+
+    Large results of the kernels take the memory of results that have been freed, since pages that
+    a process touches for the first time cost more than the arithmetic of a small layer. Kept and
+    used together they are never more than were once in use, and at most ``CNNKERNELS_CACHE_MIB``
+    MiB (512 by default) are kept. Does nothing without the compiled library.
+    """
+    if _native.library is not None:
+        _native.library.empty_cache()
+
+
 class Plan(dict[str, Any]):
     """How an operator runs on given arguments; prints as one line an entry.
 
@@ -55,7 +67,8 @@ class Plan(dict[str, Any]):
     ``"aten"`` comes the ``reason``, with a kernel what it makes of the problem: ``isa`` (the
     instruction set), ``vector_lanes``, ``threads``, for convolutions ``flops`` (floating-point
     operations of the call) and ``workspace_bytes``, with ``"amx"`` the ``parts`` (bfloat16 numbers
-    of which an element is the sum), and how the work is cut.
+    of which an element is the sum), the algorithms of the ``input_gradient`` and the
+    ``weight_gradient``, and how the work is cut.
     """
 
     def __str__(self) -> str:

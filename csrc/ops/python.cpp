@@ -326,7 +326,8 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
   if (!reason.empty()) return aten_plan(reason);
   const Conv2dProblem problem = conv_problem(op, batched(op, x), w, b, arguments);
   if (mostly_border(problem)) return aten_plan("the border is much larger than the image");
-  const Conv2dPlan plan = plan_conv2d(problem, active_isa(), torch_thread_pool().threads);
+  const ThreadPool pool = torch_thread_pool();
+  const Conv2dPlan plan = plan_conv2d(problem, active_isa(), pool.threads);
   py::dict result =
       native_plan(algorithm_name(plan.algorithm), plan.isa, plan.vector_lanes, plan.threads);
   result["images_per_chunk"] = plan.images_per_chunk;
@@ -336,6 +337,10 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
   result["weights_first"] = plan.weights_first;
   if (plan.algorithm == ConvAlgorithm::amx) result["parts"] = plan.parts;
   result["workspace_bytes"] = plan.workspace_bytes;
+  result["input_gradient"] =
+      algorithm_name(plan_conv2d_input_gradient(problem, plan.isa, pool.threads).algorithm);
+  result["weight_gradient"] =
+      algorithm_name(plan_conv2d_weight_gradient(problem, plan.isa, pool.threads).algorithm);
   result["flops"] = 2 * problem.multiply_adds();
   return result;
 }

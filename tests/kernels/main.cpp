@@ -85,9 +85,10 @@ struct GradientMemory {
   }
 };
 
-constexpr ConvAlgorithm kAlgorithms[] = {
-    ConvAlgorithm::direct, ConvAlgorithm::outer_product, ConvAlgorithm::depthwise,
-    ConvAlgorithm::winograd, ConvAlgorithm::amx, ConvAlgorithm::patches, ConvAlgorithm::runs};
+constexpr ConvAlgorithm kAlgorithms[] = {ConvAlgorithm::direct,    ConvAlgorithm::outer_product,
+                                         ConvAlgorithm::depthwise, ConvAlgorithm::winograd,
+                                         ConvAlgorithm::amx,       ConvAlgorithm::patches,
+                                         ConvAlgorithm::runs};
 constexpr ConvAlgorithm kBlockAlgorithms[] = {ConvAlgorithm::direct, ConvAlgorithm::outer_product};
 
 bool reads_border(const Conv2dProblem& p) {
@@ -153,39 +154,38 @@ void check_conv2d(Random& random) {
   const Memory grad_out(element, grad_output, tensors.output_strides);
   const void* const bias_data = with_bias ? bias.data() : nullptr;
   for (const ConvAlgorithm algorithm : kAlgorithms) {
-    for_each_run(
-        describe(p) + ", " + algorithm_name(algorithm), [&](Isa isa, const ThreadPool& pool) {
-          if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
-          if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
-          if (algorithm == ConvAlgorithm::winograd && !winograd_applies(p)) return;
-          if (algorithm == ConvAlgorithm::patches && (p.groups > 1 || !patch_order(p).dense)) {
-            return;
-          }
-          const bool runs = algorithm == ConvAlgorithm::runs;  // the weight gradient alone
-          if (runs && !runs_apply(p, isa)) return;
-          if (!runs) {
-            const Memory out(element, tensors.output_shape, tensors.output_strides);
-            conv2d_forward(p,
-                           cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
-                           pool, input.data(), weight.data(), bias_data, out.data());
-            expect_holds(out, output, "output");
-          }
-          GradientMemory to(random, element, tensors);
-          to.wants_bias = false;
-          to.wants_input = to.wants_input && !runs;
-          if (to.wants_input) {
-            conv2d_input_gradient(
-                p, cut_at_random(random, p, plan_input_gradient(p, algorithm, isa, pool.threads)),
-                pool, grad_out.data(), weight.data(), to.input_data());
-          }
-          if (algorithm == ConvAlgorithm::winograd) to.wants_weight = false;
-          if (to.wants_weight) {
-            conv2d_weight_gradient(
-                p, cut_at_random(random, p, plan_weight_gradient(p, algorithm, isa, pool.threads)),
-                pool, grad_out.data(), input.data(), to.weight_data());
-          }
-          to.expect_all(gradients);
-        });
+    for_each_run(describe(p) + ", " + algorithm_name(algorithm), [&](Isa isa,
+                                                                     const ThreadPool& pool) {
+      if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
+      if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
+      if (algorithm == ConvAlgorithm::winograd && !winograd_applies(p)) return;
+      if (algorithm == ConvAlgorithm::patches && (p.groups > 1 || !patch_order(p).dense)) {
+        return;
+      }
+      const bool runs = algorithm == ConvAlgorithm::runs;  // the weight gradient alone
+      if (runs && !runs_apply(p, isa)) return;
+      if (!runs) {
+        const Memory out(element, tensors.output_shape, tensors.output_strides);
+        conv2d_forward(p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
+                       pool, input.data(), weight.data(), bias_data, out.data());
+        expect_holds(out, output, "output");
+      }
+      GradientMemory to(random, element, tensors);
+      to.wants_bias = false;
+      to.wants_input = to.wants_input && !runs;
+      if (to.wants_input) {
+        conv2d_input_gradient(
+            p, cut_at_random(random, p, plan_input_gradient(p, algorithm, isa, pool.threads)), pool,
+            grad_out.data(), weight.data(), to.input_data());
+      }
+      if (algorithm == ConvAlgorithm::winograd) to.wants_weight = false;
+      if (to.wants_weight) {
+        conv2d_weight_gradient(
+            p, cut_at_random(random, p, plan_weight_gradient(p, algorithm, isa, pool.threads)),
+            pool, grad_out.data(), input.data(), to.weight_data());
+      }
+      to.expect_all(gradients);
+    });
   }
   for_each_run(describe(p), [&](Isa isa, const ThreadPool& pool) {
     const Memory out(element, tensors.output_shape, tensors.output_strides);

@@ -148,10 +148,10 @@ void nhwc_pixels_of_neighbours(const NhwcRow<T, 1>& row, const std::vector<AxisT
     const T* ahead = source + ((y + 1) * row_step + row_taps.back().source) * row.source_row + c;
     for (const AxisTap& r : row_taps) {
       if (y < r.begin || y >= r.end) continue;
-#pragma GCC unroll 18
-      for (int i = 0; i < ceil_div(Step * P, 3); ++i, ahead += channels) {
-        __builtin_prefetch(ahead, 0, 2);
-      }
+      constexpr int kFetched = (Step * P + 2) / 3;
+#pragma GCC unroll 6
+      for (int i = 0; i < kFetched; ++i) __builtin_prefetch(ahead + i * channels, 0, 2);
+      ahead += kFetched * channels;
       const T* const from = source + (y * row_step + r.source) * row.source_row + c;
       const A* const weights = row.weights + r.kernel_index * row.kernel_width * channels + c;
       const Vec<A> weight[3] = {load(weights + three.kernel_index[0] * channels),
