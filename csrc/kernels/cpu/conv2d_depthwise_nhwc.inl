@@ -145,7 +145,8 @@ void nhwc_pixels_of_neighbours(const NhwcRow<T, 1>& row, const std::vector<AxisT
     for (int p = 0; p < P; ++p) sum[p] = start;
     // What the next row reads for the first time lies a row apart, where no prefetcher of the
     // processor's looks.
-    const T* ahead = source + ((y + 1) * row_step + row_taps.back().source) * row.source_row + c;
+    const int64_t last_tap = row_taps.empty() ? 0 : row_taps.back().source;
+    const T* ahead = source + ((y + 1) * row_step + last_tap) * row.source_row + c;
     for (const AxisTap& r : row_taps) {
       if (y < r.begin || y >= r.end) continue;
       constexpr int kFetched = (Step * P + 2) / 3;
