@@ -73,7 +73,8 @@ def test_the_same_for_any_number_of_threads(shape: Shape) -> None:
             gradients.append(leaf.grad)
     finally:
         torch.set_num_threads(threads)
-    assert gradients[0].equal(gradients[1]) and gradients[0].equal(gradients[2])
+    assert gradients[0].equal(gradients[1])
+    assert gradients[0].equal(gradients[2])
 
 
 def test_weights_in_any_order() -> None:
