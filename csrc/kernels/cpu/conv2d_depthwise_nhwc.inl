@@ -263,6 +263,27 @@ void nhwc_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const Th
   });
 }
 
+// What the next row of outputs reads for the first time: its gradients, and as many pixels of
+// the input for each as strides skip. No prefetcher of the processor's follows a vector from
+// pixel to pixel.
+template <class T>
+struct NextDepthwiseRow {
+  const T* gradient;
+  const T* source;  // of column 0 and the last kernel row
+  int64_t source_row;
+  bool strided_rows, strided_columns;
+
+  CNNK_INLINE void fetch(int64_t j, int64_t channels, int64_t pixel, int64_t c) const {
+    __builtin_prefetch(gradient + j * channels + c, 0, 2);
+    const T* const from = source + j * pixel + c;
+    __builtin_prefetch(from, 0, 2);
+    if (strided_columns) __builtin_prefetch(from + channels, 0, 2);
+    if (!strided_rows) return;
+    __builtin_prefetch(from - source_row, 0, 2);
+    if (strided_columns) __builtin_prefetch(from - source_row + channels, 0, 2);
+  }
+};
+
 // sums[tap][channel of the group][slot] += the products of an output row's gradients with
 // the taps' sources; a slot is a lane of a vector of channels. All columns in
 // [inside_begin, inside_end) read all taps.
@@ -270,7 +291,7 @@ template <class T, int Taps, int G>
 CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, int64_t channels,
                                   int64_t columns, int64_t inside_begin, int64_t inside_end,
                                   int64_t column_step, int64_t c, Accumulator<T>* sums,
-                                  int64_t slots) {
+                                  int64_t slots, const NextDepthwiseRow<T>& next) {
   using A = Accumulator<T>;
   const int64_t pixel = column_step * channels;
   Vec<A> sum[Taps][G];
@@ -298,6 +319,7 @@ CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, in
   };
   border(0, inside_begin);
   for (int64_t j = inside_begin; j < inside_end; ++j) {
+    next.fetch(j, channels, pixel, c);
     const Vec<A> g = load_widened(gradient + j * channels + c);
 #pragma GCC unroll 9
     for (int t = 0; t < Taps; ++t) add(t, g, j);
@@ -330,6 +352,8 @@ class NhwcWeightSums {
         in_row_(problem.in_width * channels),
         out_row_(problem.out_width * channels),
         kernel_width_(problem.kernel_width),
+        stride_h_(problem.stride_h),
+        stride_w_(problem.stride_w),
         inside_end_(passes_.columns[0].count) {
     for (const AxisTap& s : passes_.columns[0].taps) {
       inside_begin_ = std::max(inside_begin_, s.begin);
@@ -351,12 +375,16 @@ class NhwcWeightSums {
                         r.kernel_index * kernel_width_ + s.kernel_index, s.begin, s.end});
       }
     }
+    const int64_t last_tap = rows.taps.empty() ? 0 : rows.taps.back().source;
+    const NextDepthwiseRow<T> next = {gradients + (y + 1) * out_row_,
+                                      image + ((y + 1) * rows.step + last_tap) * in_row_, in_row_,
+                                      stride_h_ > 1, stride_w_ > 1};
     int64_t slot = 0;
     for_each_channel_vector<Accumulator<T>>(channels_, [&](int64_t c) {
       const auto tile = [&](int64_t t, auto tile_taps) {
         nhwc_weight_sums<T, decltype(tile_taps)::value, G>(
             taps.data() + t, gradients + y * out_row_, channels_, columns.count, inside_begin_,
-            inside_end_, columns.step, c, sums + slot, slots_);
+            inside_end_, columns.step, c, sums + slot, slots_, next);
       };
       const int64_t count = static_cast<int64_t>(taps.size());
       if constexpr (G == 1) {
@@ -370,7 +398,7 @@ class NhwcWeightSums {
 
  private:
   DepthwisePasses passes_;
-  int64_t channels_, slots_, in_row_, out_row_, kernel_width_;
+  int64_t channels_, slots_, in_row_, out_row_, kernel_width_, stride_h_, stride_w_;
   int64_t inside_begin_ = 0, inside_end_;
 };
 
