@@ -161,16 +161,20 @@ template <class A>
 void outer_product_block(const OuterProductSteps<A>& steps, const ChannelsOut<A>& out,
                          PixelBlock<A> block) {
   constexpr int64_t kElements = 64 * 1024, kFewestPixels = 96;
+  constexpr int64_t kWrittenElements = 16 * 1024, kWholeTiles = 24;
   // Rows that follow one another without a gap are one.
   if (block.source_row == block.columns * block.source_column &&
       block.out_row == block.columns * block.out_column) {
     block.columns *= block.rows;
     block.rows = 1;
   }
-  const int64_t pixels = std::max(kFewestPixels, kElements / (block.pixel_elements + out.channels));
+  int64_t pixels = std::max(kFewestPixels, kElements / (block.pixel_elements + out.channels));
+  if (out.channel_step == 1 && out.channels >= 2 * block.pixel_elements) {
+    // Writing bounds the block: what a vector of channels writes lies in few pages.
+    pixels = std::clamp(kWrittenElements / out.channels, kWholeTiles, pixels);
+  }
   PixelBlock<A> part = block;
   if (block.rows == 1) {
-    constexpr int64_t kWholeTiles = 24;
     const int64_t columns =
         round_up(ceil_div(block.columns, ceil_div(block.columns, pixels)), kWholeTiles);
     for (int64_t x = 0; x < block.columns; x += columns) {
