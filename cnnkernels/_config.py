@@ -27,8 +27,8 @@ def _rows() -> list[tuple[str, str]]:
         config = _native.library.config()
         available = ", ".join(config["isas"])
         rows.append(("instruction set", f"{config['isa']} (available: {available})"))
-        if config.get("isa_note"):
-            rows.append(("", config["isa_note"]))
+        rows.append(("kept memory", f"up to {config['kept_mib']:g} MiB of freed results"))
+        rows.extend(("", note) for note in config["notes"])
     rows.append(("threads", str(torch.get_num_threads())))
     return rows
 
@@ -52,9 +52,10 @@ def empty_cache() -> None:
     """Free the memory that is kept for the next call: that of results, and workspaces.
 
     Large results of the kernels take the memory of results that have been freed, since pages that
-    a process touches for the first time cost more than the arithmetic of a small layer. Kept and
-    used together they are never more than were once in use, and at most ``CNNKERNELS_CACHE_MIB``
-    MiB (512 by default) are kept. Does nothing without the compiled library.
+    a process touches for the first time cost more than the arithmetic of a small layer. Results
+    in use and kept are together never more than results once were in use and 16 MiB, and at most
+    ``CNNKERNELS_CACHE_MIB`` MiB (512 by default) are kept. Does nothing without the compiled
+    library.
     """
     if _native.library is not None:
         _native.library.empty_cache()

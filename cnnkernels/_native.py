@@ -53,8 +53,9 @@ def _load(info: dict[str, Any]) -> tuple[ModuleType | None, str]:
 
 build_info = _read_build_info(Path(__file__).with_name("_build_info.json"))
 library, reason = _load(build_info)
-if library is not None and library.config().get("isa_note"):
-    warnings.warn(library.config()["isa_note"], RuntimeWarning, stacklevel=2)
+if library is not None:
+    for note in library.config()["notes"]:
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
 
 
 def is_native_available() -> bool:

@@ -33,6 +33,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "pointwise": (8, 128, 15, 200, 1, {}),
     "pointwise stride": (8, 128, 29, 200, 1, {"stride": 2}),
     "pointwise padding": (8, 128, 15, 200, 1, {"padding": 1}),
+    "in place": (8, 64, 15, 96, 1, {}),  # for bfloat16, both ways
+    "in place, groups": (8, 128, 13, 192, 1, {"groups": 2}),
     "few pixels": (4, 256, 7, 256, 3, {"padding": 1}),
     "few pixels stride": (4, 256, 9, 250, 3, {"padding": 1, "stride": 2}),
     "wide dilation": (8, 64, 45, 64, 3, {"padding": 40, "dilation": 40}),

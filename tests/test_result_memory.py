@@ -130,6 +130,51 @@ def test_results_are_like_any_tensor() -> None:
     assert result().data_ptr() % 64 == 0
 
 
+def test_memory_that_runs_out_is_taken_from_what_is_kept() -> None:
+    resource = pytest.importorskip("resource")
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("there is no /proc to read the size of the process from")
+    assert resource is not None
+    program = f"""
+import resource, torch
+from cnnkernels import functional as F
+
+torch.set_num_threads(1)
+x = torch.ones(1, 1, 1024, 1024)
+weights = [torch.ones(n, 1, 1, 1) for n in (16, 48)]
+results = [F.conv2d(x, weights[0]) for _ in range(4)]  # 64 MiB each
+del results
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * {MEBIBYTE}, resource.RLIM_INFINITY))
+large = F.conv2d(x, weights[1])  # 192 MiB
+assert bool((large == 1).all())
+try:
+    F.conv2d(x, torch.ones(400, 1, 1, 1))
+except RuntimeError as error:
+    assert "memory" in str(error), error
+else:
+    raise SystemExit("there was memory after all")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", ["512MB", "-1", "nan"])
+def test_a_bound_that_is_no_number_is_told(value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import cnnkernels; print(cnnkernels.show_config())"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CNNKERNELS_CACHE_MIB": value},
+        check=True,
+    )
+    assert f"CNNKERNELS_CACHE_MIB is '{value}'" in done.stderr
+    assert "up to 512 MiB" in done.stdout
+
+
 def test_threads_share_it() -> None:
     failures: list[int] = []
 
@@ -173,4 +218,4 @@ def test_a_profile_of_memory_sees_every_result() -> None:
         result()
     operator = [event for event in profile.key_averages() if "cnnkernels::conv2d" in event.key]
     assert len(operator) == 1
-    assert operator[0].cpu_memory_usage >= MEBIBYTE
+    assert operator[0].cpu_memory_usage == MEBIBYTE

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <mutex>
-#include <new>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -35,24 +34,34 @@ BlockCache::BlockCache(Allocate allocate, Free free, size_t most_kept)
   blocks_.reserve(kMostBlocks);
 }
 
-// Takes the oldest blocks out until so many bytes and blocks are left.
-std::vector<MemoryBlock> BlockCache::evict(size_t most_kept, size_t most_blocks) {
-  size_t count = 0;
-  while (count < blocks_.size() && (kept_ > most_kept || blocks_.size() - count > most_blocks)) {
-    kept_ -= blocks_[count++].capacity;
+// Frees the oldest blocks until so many bytes and blocks are left. Callers hold the mutex:
+// a list to free later would itself want memory.
+void BlockCache::evict(size_t most_kept, size_t most_blocks) {
+  auto end = blocks_.begin();
+  size_t left = blocks_.size();
+  for (; left > 0 && (kept_ > most_kept || left > most_blocks); ++end, --left) {
+    kept_ -= end->capacity;
+    free_(end->data);
   }
-  const auto end = blocks_.begin() + static_cast<std::ptrdiff_t>(count);
-  std::vector<MemoryBlock> evicted(blocks_.begin(), end);
   blocks_.erase(blocks_.begin(), end);
-  return evicted;
 }
 
-void BlockCache::free_all(const std::vector<MemoryBlock>& blocks) const {
-  for (const MemoryBlock& block : blocks) free_(block.data);
+void* BlockCache::allocate_anew(size_t bytes) {
+  try {
+    return allocate_(bytes);
+  } catch (...) {
+    release();
+  }
+  try {
+    return allocate_(bytes);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(cache_mutex());
+    in_use_ -= bytes;
+    throw;
+  }
 }
 
 MemoryBlock BlockCache::take(size_t bytes, size_t most) {
-  std::vector<MemoryBlock> evicted;
   {
     const std::lock_guard<std::mutex> lock(cache_mutex());
     auto best = blocks_.end();
@@ -70,45 +79,26 @@ MemoryBlock BlockCache::take(size_t bytes, size_t most) {
     }
     in_use_ += bytes;
     most_in_use_ = std::max(most_in_use_, in_use_);
-    evicted = evict(most_in_use_ - in_use_, kMostBlocks);
+    evict(most_in_use_ + kSlackBytes - in_use_, kMostBlocks);
   }
-  free_all(evicted);
-  void* data = allocate_(bytes);
-  if (data == nullptr) {
-    release();
-    data = allocate_(bytes);
-  }
-  if (data == nullptr) {
-    const std::lock_guard<std::mutex> lock(cache_mutex());
-    in_use_ -= bytes;
-    throw std::bad_alloc();
-  }
-  return {data, bytes};
+  return {allocate_anew(bytes), bytes};
 }
 
 void BlockCache::give(MemoryBlock block) {
-  std::vector<MemoryBlock> evicted;
-  {
-    const std::lock_guard<std::mutex> lock(cache_mutex());
-    in_use_ -= block.capacity;
-    if (block.capacity <= most_kept_) {
-      evicted = evict(most_kept_ - block.capacity, kMostBlocks - 1);
-      blocks_.push_back(block);
-      kept_ += block.capacity;
-    } else {
-      evicted.push_back(block);
-    }
+  const std::lock_guard<std::mutex> lock(cache_mutex());
+  in_use_ -= block.capacity;
+  if (block.capacity > most_kept_) {
+    free_(block.data);
+    return;
   }
-  free_all(evicted);
+  evict(most_kept_ - block.capacity, kMostBlocks - 1);
+  blocks_.push_back(block);
+  kept_ += block.capacity;
 }
 
 void BlockCache::release() {
-  std::vector<MemoryBlock> evicted;
-  {
-    const std::lock_guard<std::mutex> lock(cache_mutex());
-    evicted = evict(0, 0);
-  }
-  free_all(evicted);
+  const std::lock_guard<std::mutex> lock(cache_mutex());
+  evict(0, 0);
 }
 
 }  // namespace cnnkernels

@@ -15,12 +15,15 @@ struct MemoryBlock {
 };
 
 // Hands out blocks and keeps those that come back, the oldest of which go first when there
-// are too many. Blocks in use and kept are together never more than were once in use at a
-// time, so that a process needs no more memory than without it. Any thread may call, and a
-// process that has been forked too.
+// are too many. A new block is made only when, with those in use and kept, it is no more than
+// were once in use at a time and kSlackBytes: else kept ones are freed first. Any thread may
+// call, and a process that has been forked too.
 class BlockCache {
  public:
-  // Where blocks come from and go to: null for no memory.
+  // For blocks of different sizes that are in use one after the other.
+  static constexpr size_t kSlackBytes = size_t{16} << 20;
+
+  // Where blocks come from and go to. Throws where there is no memory.
   using Allocate = void* (*)(size_t bytes);
   using Free = void (*)(void* data);
 
@@ -30,7 +33,8 @@ class BlockCache {
   BlockCache& operator=(const BlockCache&) = delete;
 
   // The smallest block kept of `bytes` to `most` bytes, or a new one of `bytes`. Its contents
-  // are undefined. Throws std::bad_alloc.
+  // are undefined. Where there is no memory all that is kept is freed; throws what `allocate`
+  // throws if that does not help.
   MemoryBlock take(size_t bytes, size_t most);
   void give(MemoryBlock block);
 
@@ -38,8 +42,8 @@ class BlockCache {
   void release();
 
  private:
-  std::vector<MemoryBlock> evict(size_t most_kept, size_t most_blocks);
-  void free_all(const std::vector<MemoryBlock>& blocks) const;
+  void evict(size_t most_kept, size_t most_blocks);
+  void* allocate_anew(size_t bytes);
 
   const Allocate allocate_;
   const Free free_;

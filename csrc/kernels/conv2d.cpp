@@ -157,7 +157,7 @@ double row_runs_cost(const Conv2dProblem& problem) {
          call / static_cast<double>(std::max<int64_t>(1, problem.batch));
 }
 
-// The same for a weight gradient.
+// The cost of a weight gradient on matrix tiles.
 double amx_weight_gradient_cost(const Conv2dProblem& problem) {
   const double pixels =
       static_cast<double>(round_up(problem.out_height * problem.out_width, kAmxDepth));
@@ -185,7 +185,7 @@ bool runs_pay(const Conv2dProblem& problem) {
   return weight_elements(problem) <= kMostWeights;
 }
 
-// The same for a weight gradient that is read where it lies.
+// The cost of a weight gradient that is read where it lies, beside that on tiles.
 double runs_cost(const Conv2dProblem& problem, int64_t lanes) {
   const GradientRuns runs = gradient_runs(problem, lanes);
   const double vectors =
@@ -316,6 +316,22 @@ constexpr int64_t kAmxChunkBytes = 1024 * 1024;
 constexpr int64_t kAmxFewWeightBytes = 2 * 1024 * 1024;
 constexpr int64_t kAmxGradientBytes = 1536 * 1024;
 
+// Sums of 32 pixels, twice, of all channels.
+int64_t in_place_sums_bytes(const Conv2dProblem& problem, int64_t to) {
+  return 2 * 4 * kAmxBlock * kAmxBlock * problem.groups * ceil_div(to, kAmxBlock);
+}
+
+// Whether the pixels of a pass from `from` channels a group to `to` are tiles where they lie,
+// and their sums stay in a second-level cache.
+bool reads_tiles_in_place(const Conv2dProblem& problem, int64_t from, int64_t to) {
+  constexpr int64_t kMostSumsBytes = 1024 * 1024;
+  return problem.dtype == DType::bfloat16 && problem.layout == Layout::nhwc &&
+         problem.kernel_height == 1 && problem.kernel_width == 1 && problem.stride_h == 1 &&
+         problem.stride_w == 1 && problem.pad_top == 0 && problem.pad_left == 0 &&
+         problem.out_height == problem.in_height && problem.out_width == problem.in_width &&
+         from % kAmxDepth == 0 && in_place_sums_bytes(problem, to) <= kMostSumsBytes;
+}
+
 // A pass on matrix tiles from `from` channels a group to `to`.
 Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Grid& grid,
                     int64_t from, int64_t to) {
@@ -325,6 +341,14 @@ Conv2dPlan plan_amx(const Conv2dProblem& problem, Isa isa, int threads, const Gr
       element * grid.residues() * problem.groups * round_up(from, kAmxDepth);
   const int64_t weight_bytes = element * problem.groups * round_up(from, kAmxDepth) *
                                round_up(to, 16) * problem.kernel_height * problem.kernel_width;
+  if (reads_tiles_in_place(problem, from, to) && weight_bytes <= kAmxFewWeightBytes / 2) {
+    plan.amx_order = AmxOrder::in_place;
+    plan.in_place = true;
+    plan.channels_per_task = round_up(to, kAmxBlock);
+    plan.workspace_bytes = weight_bytes + plan.threads * (in_place_sums_bytes(problem, to) +
+                                                          2 * kAmxBlock * problem.groups * from);
+    return plan;
+  }
   if (grid.pointwise() && weight_bytes <= kAmxFewWeightBytes / 2) {
     plan.amx_order = AmxOrder::pointwise;
     plan.channels_per_task = round_up(to, kAmxBlock);

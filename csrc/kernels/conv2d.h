@@ -72,6 +72,7 @@ enum class AmxOrder : uint8_t {
   chunks,      // of the source, each with all weights
   few_pixels,  // all of the source with each weight once
   pointwise,   // 32 pixels at a time, packed while the 32 before are multiplied
+  in_place,    // the same of bfloat16 that need no packing
   row_runs,    // of few channels, the taps of a kernel row at a time
 };
 

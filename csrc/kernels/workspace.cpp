@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "kernels/block_cache.h"
 
@@ -13,10 +14,15 @@ namespace {
 constexpr size_t kAlignment = 64;
 constexpr size_t kKeptBytes = size_t{32} << 20;
 
+void* allocate(size_t bytes) {
+  void* const data = std::aligned_alloc(kAlignment, bytes);
+  if (data == nullptr) throw std::bad_alloc();
+  return data;
+}
+
 // Never destroyed: threads of the pool may outlive static destructors.
 BlockCache& cache() {
-  static BlockCache* const cache = new BlockCache(
-      [](size_t bytes) { return std::aligned_alloc(kAlignment, bytes); }, std::free, kKeptBytes);
+  static BlockCache* const cache = new BlockCache(allocate, std::free, kKeptBytes);
   return *cache;
 }
 

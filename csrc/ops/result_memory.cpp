@@ -5,6 +5,7 @@
 #include <ATen/native/TensorFactories.h>
 #include <ATen/ops/empty_native.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/safe_numerics.h>
 
 #include <cstdlib>
 #include <new>
@@ -14,36 +15,38 @@
 namespace cnnkernels {
 namespace {
 
-// What precedes the data of a result: a deleter knows only where that is. As long as the
-// alignment of torch's memory.
+// What precedes the data of a result, the block's capacity: a deleter knows only where the
+// data is. As long as the alignment of torch's memory.
 constexpr size_t kHeaderBytes = 64;
 
 c10::Allocator& torch_allocator() { return *c10::GetDefaultCPUAllocator(); }
 
-// The variable's number of MiB, or the default where it is none.
-size_t kept_bytes(const char* mebibytes) {
-  if (mebibytes == nullptr) return kKeptResultBytes;
+ResultMemory read_setting(const char* mebibytes) {
+  ResultMemory setting = {kKeptResultBytes, ""};
+  if (mebibytes == nullptr || *mebibytes == '\0') return setting;
   char* end = nullptr;
   const double value = std::strtod(mebibytes, &end);
-  if (end == mebibytes || *end != '\0' || !(value >= 0 && value < 1e9)) return kKeptResultBytes;
-  return static_cast<size_t>(value * 1024 * 1024);
+  if (end != mebibytes && *end == '\0' && value >= 0 && value < 1e9) {
+    setting.most_kept = static_cast<size_t>(value * 1024 * 1024);
+  } else {
+    setting.note = "CNNKERNELS_CACHE_MIB is '" + std::string(mebibytes) +
+                   "', which is not a number of MiB: the default of 512 holds";
+  }
+  return setting;
 }
 
 // Never destroyed: tensors may outlive static destructors.
 BlockCache& cache() {
-  static BlockCache* const cache =
-      new BlockCache([](size_t bytes) { return torch_allocator().raw_allocate(bytes); },
-                     [](void* data) { torch_allocator().raw_deallocate(data); },
-                     kept_bytes(std::getenv("CNNKERNELS_CACHE_MIB")));
+  static BlockCache* const cache = new BlockCache(
+      [](size_t bytes) { return torch_allocator().raw_allocate(bytes); },
+      [](void* data) { torch_allocator().raw_deallocate(data); }, result_memory().most_kept);
   return *cache;
 }
 
-// In the header: the block's capacity, or none if the cache does not know the block.
 void free_result(void* data) {
   if (data == nullptr) return;
   void* const block = static_cast<char*>(data) - kHeaderBytes;
-  const size_t capacity = *static_cast<size_t*>(block);
-  capacity > 0 ? cache().give({block, capacity}) : torch_allocator().raw_deallocate(block);
+  cache().give({block, *static_cast<size_t*>(block)});
 }
 
 class ResultAllocator final : public c10::Allocator {
@@ -51,11 +54,8 @@ class ResultAllocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     constexpr size_t kGranule = 4096;
     const size_t wanted = (bytes + kHeaderBytes + kGranule - 1) / kGranule * kGranule;
-    // A profile of memory is to see every result. A block that is a little larger serves as
-    // well.
-    const MemoryBlock block = c10::memoryProfilingEnabled()
-                                  ? MemoryBlock{torch_allocator().raw_allocate(wanted), 0}
-                                  : cache().take(wanted, wanted + wanted / 8);
+    // A block that is a little larger serves as well.
+    const MemoryBlock block = cache().take(wanted, wanted + wanted / 8);
     new (block.data) size_t(block.capacity);
     void* const data = static_cast<char*>(block.data) + kHeaderBytes;
     return {data, data, &free_result, c10::Device(c10::DeviceType::CPU)};
@@ -71,9 +71,10 @@ class ResultAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_cpu(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format) {
-  const int64_t bytes =
-      c10::multiply_integers(size) * static_cast<int64_t>(c10::elementSize(dtype));
-  if (bytes < kSmallestKeptResult) {
+  // torch refuses sizes that overflow; and a profile of memory is to see results as torch's.
+  uint64_t elements = 0;
+  if (c10::safe_multiplies_u64(size, &elements) ||
+      elements < kSmallestKeptResult / c10::elementSize(dtype) || c10::memoryProfilingEnabled()) {
     return at::native::empty_cpu(size, dtype, at::kStrided, at::kCPU, false, format);
   }
   static ResultAllocator* const allocator = new ResultAllocator;
@@ -84,6 +85,11 @@ at::Tensor empty_cpu(at::IntArrayRef size, at::ScalarType dtype, at::MemoryForma
     at::native::fill_empty_deterministic_(result);
   }
   return result;
+}
+
+const ResultMemory& result_memory() {
+  static const ResultMemory setting = read_setting(std::getenv("CNNKERNELS_CACHE_MIB"));
+  return setting;
 }
 
 void release_results() { cache().release(); }

@@ -3,20 +3,29 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace cnnkernels {
 
 // Results of fewer bytes are left to torch's allocator: malloc has room for them.
-constexpr int64_t kSmallestKeptResult = 256 * 1024;
+constexpr uint64_t kSmallestKeptResult = 256 * 1024;
 
 // How many bytes are kept at most when CNNKERNELS_CACHE_MIB does not say.
-constexpr int64_t kKeptResultBytes = int64_t{512} << 20;
+constexpr size_t kKeptResultBytes = size_t{512} << 20;
 
 // at::empty for a result, but not through the dispatcher, which on small tensors costs more
 // than the memory, and of memory that was kept, if it is large.
 at::Tensor empty_cpu(at::IntArrayRef size, at::ScalarType dtype,
                      at::MemoryFormat format = at::MemoryFormat::Contiguous);
+
+// How much is kept, and what is wrong with the variable, if anything.
+struct ResultMemory {
+  size_t most_kept;
+  std::string note;
+};
+const ResultMemory& result_memory();
 
 // Frees what is kept.
 void release_results();

@@ -107,6 +107,10 @@ Conv2dPlan cut_at_random(Random& random, const Conv2dProblem& p, Conv2dPlan plan
     return plan;
   }
   if (plan.algorithm != ConvAlgorithm::amx || random.chance(30)) return plan;
+  if (plan.amx_order == AmxOrder::in_place && random.chance(30)) {
+    plan.amx_order = AmxOrder::pointwise;
+    return plan;
+  }
   plan.images_per_chunk = random.between(1, std::max<int64_t>(1, p.batch));
   plan.rows_per_task = random.between(1, std::max<int64_t>(1, plan.rows_per_task));
   plan.channels_per_task = 32 * random.between(1, 2);
@@ -115,7 +119,9 @@ Conv2dPlan cut_at_random(Random& random, const Conv2dProblem& p, Conv2dPlan plan
     plan.amx_order = AmxOrder::chunks;
   }
   if (plan.amx_order == AmxOrder::row_runs) return plan;
-  if (plan.amx_order == AmxOrder::pointwise && random.chance(50)) return plan;
+  const bool one_tap =
+      plan.amx_order == AmxOrder::pointwise || plan.amx_order == AmxOrder::in_place;
+  if (one_tap && random.chance(50)) return plan;
   plan.amx_order = AmxOrder::chunks;
   if (p.groups == 1 && random.chance(40)) {
     plan.amx_order = AmxOrder::few_pixels;

@@ -50,6 +50,21 @@ void make_winograd(Random& random, Conv2dProblem& p) {
   p.out_width = p.in_width + p.pad_left + random.between(0, 3) - 2;
 }
 
+// What matrix tiles read where it lies, forward or backward.
+void make_pointwise_bfloat16(Random& random, Conv2dProblem& p) {
+  p.dtype = DType::bfloat16;
+  p.layout = Layout::nhwc;
+  p.groups = random.between(1, 3);
+  const int64_t whole = 32 * random.between(1, 2), any = random.between(1, 70);
+  const bool forward = random.chance(50);
+  p.in_channels = p.groups * (forward ? whole : any);
+  p.out_channels = p.groups * (forward ? any : whole);
+  p.kernel_height = p.kernel_width = p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+  p.pad_top = p.pad_left = 0;
+  p.out_height = p.in_height;
+  p.out_width = p.in_width;
+}
+
 Conv2dProblem draw_conv2d(Random& random) {
   Conv2dProblem p = {};
   p.dtype = random_dtype(random);
@@ -93,6 +108,7 @@ Conv2dProblem draw_conv2d(Random& random) {
   random_conv2d_axis(random, large_kernel, p.in_width, p.out_width, p.kernel_width, p.stride_w,
                      p.pad_left, p.dilation_w);
   if (random.chance(10) && p.in_height > 2 && p.in_width > 2) make_winograd(random, p);
+  if (random.chance(6)) make_pointwise_bfloat16(random, p);
   const Dims shape = {p.out_channels, p.in_channels / p.groups, p.kernel_height, p.kernel_width};
   const Dims strides = random.chance(30)   ? layout_strides(shape, Layout::nchw)
                        : random.chance(40) ? layout_strides(shape, Layout::nhwc)

@@ -16,8 +16,8 @@
 // thread that multiplies it and stays in its second-level cache; weights are packed
 // once a call.
 //
-// A pass goes over its work in one of three orders, each in a file of its own: chunks,
-// few pixels, pointwise, row runs. conv2d_amx_pass.inl has what they share.
+// A pass goes over its work in one of five orders, each in a file of its own: chunks,
+// few pixels, pointwise, in place, row runs. conv2d_amx_pass.inl has what they share.
 //
 // The input gradient is the same on the output's gradient, one residue class of the
 // destinations at a time. The weight gradient is conv2d_amx_weight_gradient.inl.
@@ -39,7 +39,7 @@ template <int Parts>
 bool grid_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProblem& problem) {
   if (plan.amx_order == AmxOrder::few_pixels) return few_pixels_pass<Parts>(plan, pool, problem);
   if (plan.amx_order == AmxOrder::chunks) return chunks_pass<Parts>(plan, pool, problem);
-  if (reads_in_place(problem)) {
+  if (plan.amx_order == AmxOrder::in_place) {
     in_place_pass(plan, pool, problem);
     return true;
   }

@@ -6,18 +6,6 @@
 // written in one go, which the processor's write path and prefetchers are made for, where 32
 // channels of 32 pixels would be 32 scattered lines.
 
-// Whether the pixels of a pointwise pass are tiles where they lie.
-inline bool reads_in_place(const GridProblem& problem) {
-  const GridAxis& rows = problem.grid.rows;
-  const GridAxis& columns = problem.grid.columns;
-  return problem.dtype == DType::bfloat16 && problem.source.plane.channel_stride == 1 &&
-         problem.matrix.from_channels % kTileDepth == 0 && rows.step == 1 && columns.step == 1 &&
-         rows.low == 0 && columns.low == 0 && rows.count == problem.source.plane.height &&
-         columns.count == problem.source.plane.width &&
-         rows.count == problem.destination.plane.height &&
-         columns.count == problem.destination.plane.width;
-}
-
 // Up to 32 channels of the results, in memory of any alignment.
 struct ResultColumns {
   int64_t channel, count;
@@ -37,25 +25,22 @@ class PixelRowStore {
   PixelRowStore& operator=(const PixelRowStore&) = delete;
 
   // Takes over the sums of `pixels` <= 32 from number `first` on, [column block][pixel][32].
-  // They are stored by so many calls of next(), and finish(). Fetches [begin, end) meanwhile.
-  void take(const float* sums, int64_t first, int64_t pixels, int64_t calls, const uint16_t* begin,
-            const uint16_t* end) {
+  // They are stored by so many calls of next(), and finish(). Fetches lines meanwhile.
+  void take(const float* sums, int64_t first, int64_t pixels, int64_t calls, FetchedLines lines) {
     finish();
     sums_ = sums;
-    to_ = static_cast<bfloat16*>(out_.data) + first * channels_;
+    at_ = first * channels_;
     pixel_ = 0;
     count_ = pixels;
     a_call_ = ceil_div(pixels, calls);
     calls_a_pixel_ = std::max<int64_t>(1, calls / std::max<int64_t>(1, pixels));
     wait_ = 0;
-    fetched_ = reinterpret_cast<const char*>(begin);
-    fetch_end_ = reinterpret_cast<const char*>(end);
-    fetch_a_call_ = ceil_div(ceil_div(fetch_end_ - fetched_, 64), calls) * 64;
+    lines_ = lines;
+    lines_a_call_ = ceil_div(lines.count, calls);
   }
 
   CNNK_INLINE void next() {
-    const char* const end = std::min(fetch_end_, fetched_ + fetch_a_call_);
-    for (; fetched_ < end; fetched_ += 64) __builtin_prefetch(fetched_, 0, 2);
+    for (int64_t i = 0; i < lines_a_call_; ++i) lines_.fetch_next();
     if (++wait_ < calls_a_pixel_) return;
     wait_ = 0;
     if (pixel_ < count_) store_until(std::min(count_, pixel_ + a_call_));
@@ -65,13 +50,11 @@ class PixelRowStore {
 
  private:
   __attribute__((noinline)) void store_until(int64_t end) {
-    for (; pixel_ < end; ++pixel_, to_ += channels_) {
+    for (; pixel_ < end; ++pixel_, at_ += channels_) {
       const float* from = sums_ + pixel_ * kBlock;
       for (const ResultColumns& block : columns_) {
-        const Vec<float> low = load(from) + load(block.biases);
-        const Vec<float> high = load(from + 16) + load(block.biases + 16);
-        store_pixel(out_, to_ - static_cast<bfloat16*>(out_.data) + block.channel, block.count, low,
-                    high);
+        store_pixel(out_, at_ + block.channel, block.count, load(from) + load(block.biases),
+                    load(from + 16) + load(block.biases + 16));
         from += kSums;
       }
     }
@@ -81,11 +64,9 @@ class PixelRowStore {
   PixelsOut out_;
   int64_t channels_;
   const float* sums_ = nullptr;
-  bfloat16* to_ = nullptr;
-  int64_t pixel_ = 0, count_ = 0, a_call_ = 0, calls_a_pixel_ = 1, wait_ = 0;
-  const char* fetched_ = nullptr;
-  const char* fetch_end_ = nullptr;
-  int64_t fetch_a_call_ = 0;
+  int64_t at_ = 0, pixel_ = 0, count_ = 0, a_call_ = 0, calls_a_pixel_ = 1, wait_ = 0;
+  FetchedLines lines_ = {nullptr, 0};
+  int64_t lines_a_call_ = 0;
 };
 
 inline void in_place_pass(const Conv2dPlan& plan, const ThreadPool& pool,
@@ -153,10 +134,12 @@ inline void in_place_pass(const Conv2dPlan& plan, const ThreadPool& pool,
                           columns[static_cast<size_t>(block)].count, false, store,
                           sums + block * kSums);
       }
+      // The pixels after the next, which are multiplied while these are stored.
       const int64_t following = std::min(pixels, first + 2 * kBlock);
+      const int64_t count_following = std::min(pixels - following, kBlock);
       store.take(sums, first, block_pixels, count * steps_count,
-                 source + following * problem.source.channels,
-                 source + std::min(pixels, following + kBlock) * problem.source.channels);
+                 {reinterpret_cast<const char*>(source + following * problem.source.channels),
+                  count_following * problem.source.channels / kTileDepth});
     }
   });
 }

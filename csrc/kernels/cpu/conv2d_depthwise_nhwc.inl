@@ -112,32 +112,34 @@ CNNK_INLINE void nhwc_pixels(const NhwcRow<T, G>& row, const std::vector<AxisTap
 
 // Three taps of a row that read neighbouring columns: a 3x3 kernel's, the commonest.
 struct NeighbouringTaps {
-  bool are;
+  bool found;
   int64_t first;            // source
   int64_t kernel_index[3];  // by column
 };
 
 inline NeighbouringTaps neighbouring_taps(const std::vector<AxisTap>& taps) {
-  NeighbouringTaps three = {taps.size() == 3, 0, {-1, -1, -1}};
-  if (!three.are) return three;
-  three.first = std::min({taps[0].source, taps[1].source, taps[2].source});
+  NeighbouringTaps neighbours = {taps.size() == 3, 0, {-1, -1, -1}};
+  if (!neighbours.found) return neighbours;
+  neighbours.first = std::min({taps[0].source, taps[1].source, taps[2].source});
   for (const AxisTap& tap : taps) {
-    if (tap.source - three.first < 3)
-      three.kernel_index[tap.source - three.first] = tap.kernel_index;
+    const int64_t column = tap.source - neighbours.first;
+    if (column < 3) neighbours.kernel_index[column] = tap.kernel_index;
   }
-  for (const int64_t index : three.kernel_index) three.are = three.are && index >= 0;
-  return three;
+  for (const int64_t index : neighbours.kernel_index) {
+    neighbours.found = neighbours.found && index >= 0;
+  }
+  return neighbours;
 }
 
 // The same for neighbouring taps and columns Step apart: a source vector is loaded once for
 // all pixels that read it.
 template <class T, int P, int Step>
 void nhwc_pixels_of_neighbours(const NhwcRow<T, 1>& row, const std::vector<AxisTap>& row_taps,
-                               int64_t y, int64_t row_step, const NeighbouringTaps& three,
+                               int64_t y, int64_t row_step, const NeighbouringTaps& neighbours,
                                int64_t j, T* out, int64_t out_pixel) {
   using A = Accumulator<T>;
   const int64_t channels = row.channels;
-  const T* const source = row.source + (j * Step + three.first) * channels;
+  const T* const source = row.source + (j * Step + neighbours.first) * channels;
   for_each_channel_vector<A>(channels, [&](int64_t c) {
     Vec<A> sum[P];
     const Vec<A> start = row.bias != nullptr ? load(row.bias + c) : Vec<A>{};
@@ -155,9 +157,9 @@ void nhwc_pixels_of_neighbours(const NhwcRow<T, 1>& row, const std::vector<AxisT
       ahead += kFetched * channels;
       const T* const from = source + (y * row_step + r.source) * row.source_row + c;
       const A* const weights = row.weights + r.kernel_index * row.kernel_width * channels + c;
-      const Vec<A> weight[3] = {load(weights + three.kernel_index[0] * channels),
-                                load(weights + three.kernel_index[1] * channels),
-                                load(weights + three.kernel_index[2] * channels)};
+      const Vec<A> weight[3] = {load(weights + neighbours.kernel_index[0] * channels),
+                                load(weights + neighbours.kernel_index[1] * channels),
+                                load(weights + neighbours.kernel_index[2] * channels)};
 #pragma GCC unroll 18
       for (int i = 0; i < Step * (P - 1) + 3; ++i) {
         const Vec<A> x = load_widened(from + i * channels);
@@ -189,14 +191,14 @@ void nhwc_row(const NhwcRow<T, G>& row, const DepthwisePasses& passes, int64_t y
             out + columns.first * row.channels + j * out_pixel, out_pixel);
       };
       if constexpr (G == 1) {
-        const NeighbouringTaps three = neighbouring_taps(segment.taps);
-        if (three.are && rows.taps.size() <= 3 && columns.step <= 2) {
+        const NeighbouringTaps neighbours = neighbouring_taps(segment.taps);
+        if (neighbours.found && rows.taps.size() <= 3 && columns.step <= 2) {
           for_each_pixel_tile(segment.begin, segment.end, [&](int64_t j, auto pixels) {
             constexpr int P = decltype(pixels)::value;
             T* const to = out + columns.first * row.channels + j * out_pixel;
             const auto run = columns.step == 1 ? nhwc_pixels_of_neighbours<T, P, 1>
                                                : nhwc_pixels_of_neighbours<T, P, 2>;
-            run(row, rows.taps, y / classes, rows.step, three, j, to, out_pixel);
+            run(row, rows.taps, y / classes, rows.step, neighbours, j, to, out_pixel);
           });
           continue;
         }

@@ -88,12 +88,6 @@ struct GradientPair {
   int64_t source, row;
 };
 
-// `count` cache lines to fetch, `step` bytes apart.
-struct LinesToFetch {
-  const char* first;
-  int64_t step, count;
-};
-
 // The sums of all pairs and KV vectors over the steps, to rows of `row_length` totals:
 // stored, or added to what is there. Tiles share out the lines.
 template <class A, int KV>
@@ -101,7 +95,7 @@ __attribute__((noinline)) void outer_product_pairs(const A* source,
                                                    const std::vector<GradientPair>& pairs,
                                                    const OuterProductSteps<A>& steps, bool add,
                                                    A* totals, int64_t row_length,
-                                                   LinesToFetch lines) {
+                                                   FetchedLines lines) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t count = static_cast<int64_t>(pairs.size());
   const int64_t lines_of_tile = ceil_div(lines.count * kTilePairs, count);
@@ -112,10 +106,7 @@ __attribute__((noinline)) void outer_product_pairs(const A* source,
     };
     const A* from[kTilePairs];
     for (int p = 0; p < kTilePairs; ++p) from[p] = source + pair(p).source;
-    for (int64_t i = std::min(lines_of_tile, lines.count); i > 0; --i, --lines.count) {
-      __builtin_prefetch(lines.first);
-      lines.first += lines.step;
-    }
+    for (int64_t i = 0; i < lines_of_tile; ++i) lines.fetch_next();
     Vec<A> total[kTilePairs][KV];
     outer_product_tile(from, steps, 0, total);
     for (int p = 0; p < kTilePairs && first + p < count; ++p) {
@@ -272,7 +263,7 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
         }
         for_each_pair_tile(vectors, [&](int64_t v, auto tile) {
           constexpr int KV = decltype(tile)::value;
-          LinesToFetch lines = {nullptr, 0, 0};
+          FetchedLines lines = {nullptr, 0};
           with_storage<A>(problem.dtype, [&](auto element) {
             using T = decltype(element);
             const T* const first = static_cast<const T*>(grad_output) + n * output_image +
@@ -286,15 +277,15 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
             if (v + KV < vectors) {
               // The next vectors: no prefetcher of the processor's goes so far from line to
               // line.
-              lines = {reinterpret_cast<const char*>(first + KV * lanes),
-                       gradient.column_stride * static_cast<int64_t>(sizeof(T)), images * run};
+              lines = {reinterpret_cast<const char*>(first + KV * lanes), images * run,
+                       gradient.column_stride * static_cast<int64_t>(sizeof(T))};
             } else if (sum + 1 < last_sum && channels == problem.in_channels) {
               // The rows that the next sum reads, which follow those of this one.
               const int64_t elements = images * sum_rows * problem.stride_h * image.row_stride;
               lines = {static_cast<const char*>(input) +
                            (n * input_image + y * problem.stride_h * image.row_stride + elements) *
                                static_cast<int64_t>(sizeof(T)),
-                       64, elements * static_cast<int64_t>(sizeof(T)) / 64};
+                       elements * static_cast<int64_t>(sizeof(T)) / 64};
             }
           });
           outer_product_pairs<A, KV>(from, pairs,

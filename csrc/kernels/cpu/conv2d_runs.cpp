@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "kernels/cpu/conv2d_direct.h"
-#include "kernels/cpu/conv2d_outer_product.h"
 
 #define CNNK_TIER_SOURCE "kernels/cpu/conv2d_runs_weight_gradient.inl"
 #include "kernels/cpu/for_each_tier.h"
@@ -11,15 +10,17 @@
 namespace cnnkernels {
 
 GradientRuns gradient_runs(const Conv2dProblem& p, int64_t lanes) {
-  // Operands of a block, of which a tile reads a part; the products of a chain, which without
-  // fused multiply-adds is shorter.
+  // Operands of a block, of which a tile reads a part. A block is a chain of products, which
+  // without fused multiply-adds is shorter.
   constexpr int64_t kBlockBytes = 64 * 1024;
   constexpr int64_t kFewestPixels = 24;
+  constexpr int64_t kMostPixels = 64, kMostRoundedPixels = 32;
   // Totals that stay in the second-level cache, of enough slices to share out.
   constexpr int64_t kTotalsBytes = 1024 * 1024, kFewestSlices = 8, kMostSlices = 64;
   GradientRuns runs = {};
   const int64_t size = accumulator_size(p.dtype);
-  const int64_t most_pixels = lanes * size > vector_bytes(Isa::baseline) ? 64 : 32;
+  const int64_t most_pixels =
+      lanes * size > vector_bytes(Isa::baseline) ? kMostPixels : kMostRoundedPixels;
   const bool one_tap = p.kernel_height == 1 && p.kernel_width == 1;
   // The wider side, if it fills its vectors.
   runs.input_vectors = one_tap && p.in_channels >= lanes &&

@@ -205,11 +205,15 @@ void weight_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const
   }
   const int64_t channel_step =
       runs.input_vectors ? problem.weight_stride_c : problem.weight_stride_k;
-  const bool serial = plan.threads == 1 || runs.slices * totals_slice < kSerialBytes;
+  const bool serial = plan.threads == 1 ||
+                      runs.slices * totals_slice * static_cast<int64_t>(sizeof(A)) < kSerialBytes;
   parallel_for(pool, vectors, serial, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
-      const int64_t channel = std::min(v * lanes, runs.vector_channels - lanes);
-      write_totals(totals + v * lanes, row_length, runs.slices, totals_slice, weights, lanes,
+      // The last vector ends with the channels, the one before where that begins.
+      const int64_t last = runs.vector_channels - lanes;
+      const int64_t channel = std::min(v * lanes, last);
+      const int64_t count = v + 1 < vectors ? std::min(lanes, last - channel) : lanes;
+      write_totals(totals + v * lanes, row_length, runs.slices, totals_slice, weights, count,
                    static_cast<A*>(grad_weight) + channel * channel_step, channel_step);
     }
   });

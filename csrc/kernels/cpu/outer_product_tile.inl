@@ -38,11 +38,12 @@ struct OuterProductSteps {
 struct FetchedLines {
   const char* first;
   int64_t count;
+  int64_t step = 64;  // bytes from one to the next
 
   CNNK_INLINE void fetch_next() {
     if (count <= 0) return;
     __builtin_prefetch(first, 0, 2);
-    first += 64;
+    first += step;
     --count;
   }
 };

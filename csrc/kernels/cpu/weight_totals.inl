@@ -1,11 +1,12 @@
 // From the totals of slices, vectors along one side's channels, to weights in any order.
 
-// A row of totals and the weight that it becomes, of the first output channel.
+// A row of totals and the weight that it becomes, of the first channel.
 struct GradientWeight {
   int64_t row, at;
 };
 
-// Totals [row][channel] of all slices, added up, to `count` output channels of weights.
+// Totals [row][channel] of all slices, added up, to the weights of `count` channels, which are
+// `weight_step` apart.
 template <class T>
 void write_totals(const Accumulator<T>* totals, int64_t row_length, int64_t slices,
                   int64_t slice_step, const std::vector<GradientWeight>& weights, int64_t count,
