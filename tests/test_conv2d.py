@@ -126,6 +126,31 @@ def test_any_shape(data: st.DataObject) -> None:
         )
 
 
+# (batch, channels, height, width, kernel, options): long rows and few images, whose weight
+# gradients are one long sum.
+DEPTHWISE: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
+    (5, 96, 22, 58, 3, {"padding": (0, 4)}),
+    (1, 19, 12, 17, 7, {"padding": 3}),
+    (1, 32, 54, 42, 3, {"padding": (3, 4)}),
+    (3, 48, 24, 59, 3, {"padding": (4, 0)}),
+    (2, 40, 32, 30, 3, {"padding": 3, "stride": 2, "dilation": 2}),
+    (1, 36, 35, 38, 7, {"stride": 2, "dilation": 2}),
+    (1, 20, 30, 130, 3, {"padding": 1, "stride": (2, 1)}),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", DEPTHWISE, ids=str)
+def test_long_sums_of_depthwise_weight_gradients(
+    shape: tuple[int, int, int, int, int, dict[str, Any]], memory_format: torch.memory_format
+) -> None:
+    batch, channels, height, width, kernel, options = shape
+    options = {**options, "groups": channels}
+    case = (batch, channels, height, width, channels, (kernel, kernel), options)
+    arguments = case_arguments(case, torch.float32, memory_format, bias=False)
+    compare_conv2d(arguments, options, str(shape))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "shape",

@@ -266,7 +266,7 @@ py::dict config() {
   py::dict result;
   result["isa"] = isa_name(active_isa());
   result["isas"] = isas;
-  result["kept_mib"] = static_cast<double>(result_memory().most_kept) / (1024 * 1024);
+  result["kept_mib"] = result_memory().mebibytes;
   py::list notes;  // on environment variables that do not hold
   for (const std::string& note : {std::string(active_isa_note()), result_memory().note}) {
     if (!note.empty()) notes.append(note);

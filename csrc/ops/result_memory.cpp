@@ -21,18 +21,21 @@ constexpr size_t kHeaderBytes = 64;
 
 c10::Allocator& torch_allocator() { return *c10::GetDefaultCPUAllocator(); }
 
+// A result as large as the bound is kept, with what precedes it.
+ResultMemory setting_of(double mebibytes, std::string note) {
+  constexpr double kHeaders = 1;
+  const double kept = mebibytes > 0 ? mebibytes + kHeaders : 0;
+  return {static_cast<size_t>(kept * 1024 * 1024), mebibytes, std::move(note)};
+}
+
 ResultMemory read_setting(const char* mebibytes) {
-  ResultMemory setting = {kKeptResultBytes, ""};
-  if (mebibytes == nullptr || *mebibytes == '\0') return setting;
+  if (mebibytes == nullptr || *mebibytes == '\0') return setting_of(kKeptResultMebibytes, "");
   char* end = nullptr;
   const double value = std::strtod(mebibytes, &end);
-  if (end != mebibytes && *end == '\0' && value >= 0 && value < 1e9) {
-    setting.most_kept = static_cast<size_t>(value * 1024 * 1024);
-  } else {
-    setting.note = "CNNKERNELS_CACHE_MIB is '" + std::string(mebibytes) +
-                   "', which is not a number of MiB: the default of 512 holds";
-  }
-  return setting;
+  if (end != mebibytes && *end == '\0' && value >= 0 && value < 1e9) return setting_of(value, "");
+  return setting_of(kKeptResultMebibytes,
+                    "CNNKERNELS_CACHE_MIB is '" + std::string(mebibytes) +
+                        "', which is not a number of MiB: the default of 512 holds");
 }
 
 // Never destroyed: tensors may outlive static destructors.

@@ -287,13 +287,14 @@ struct NextDepthwiseRow {
 };
 
 // sums[tap][channel of the group][slot] += the products of an output row's gradients with
-// the taps' sources; a slot is a lane of a vector of channels. All columns in
-// [inside_begin, inside_end) read all taps.
+// the taps' sources, columns [begin, end), which are one chain; a slot is a lane of a vector
+// of channels. All columns in [inside_begin, inside_end) read all taps.
 template <class T, int Taps, int G>
 CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, int64_t channels,
-                                  int64_t columns, int64_t inside_begin, int64_t inside_end,
-                                  int64_t column_step, int64_t c, Accumulator<T>* sums,
-                                  int64_t slots, const NextDepthwiseRow<T>& next) {
+                                  int64_t begin, int64_t end, int64_t inside_begin,
+                                  int64_t inside_end, int64_t column_step, int64_t c,
+                                  Accumulator<T>* sums, int64_t slots,
+                                  const NextDepthwiseRow<T>& next) {
   using A = Accumulator<T>;
   const int64_t pixel = column_step * channels;
   Vec<A> sum[Taps][G];
@@ -302,7 +303,7 @@ CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, in
 #pragma GCC unroll 9
   for (int t = 0; t < Taps; ++t) {
 #pragma GCC unroll 8
-    for (int i = 0; i < G; ++i) sum[t][i] = load(sums + (taps[t].weight * G + i) * slots);
+    for (int i = 0; i < G; ++i) sum[t][i] = Vec<A>{};
     source[t] = taps[t].source + c;
   }
   const auto add = [&](int t, Vec<A> g, int64_t j) __attribute__((always_inline)) {
@@ -310,8 +311,8 @@ CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, in
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) sum[t][i] += g * group.of(x, i);
   };
-  const auto border = [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
+  const auto border = [&](int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
       const Vec<A> g = load_widened(gradient + j * channels + c);
 #pragma GCC unroll 9
       for (int t = 0; t < Taps; ++t) {
@@ -319,18 +320,23 @@ CNNK_INLINE void nhwc_weight_sums(const PlaneTap<T>* taps, const T* gradient, in
       }
     }
   };
-  border(0, inside_begin);
-  for (int64_t j = inside_begin; j < inside_end; ++j) {
+  const int64_t inside_from = std::clamp(inside_begin, begin, end);
+  const int64_t inside_to = std::clamp(inside_end, inside_from, end);
+  border(begin, inside_from);
+  for (int64_t j = inside_from; j < inside_to; ++j) {
     next.fetch(j, channels, pixel, c);
     const Vec<A> g = load_widened(gradient + j * channels + c);
 #pragma GCC unroll 9
     for (int t = 0; t < Taps; ++t) add(t, g, j);
   }
-  border(inside_end, columns);
+  border(inside_to, end);
 #pragma GCC unroll 9
   for (int t = 0; t < Taps; ++t) {
 #pragma GCC unroll 8
-    for (int i = 0; i < G; ++i) store(sums + (taps[t].weight * G + i) * slots, sum[t][i]);
+    for (int i = 0; i < G; ++i) {
+      A* const to = sums + (taps[t].weight * G + i) * slots;
+      store(to, load(to) + sum[t][i]);
+    }
   }
 }
 
@@ -384,9 +390,12 @@ class NhwcWeightSums {
     int64_t slot = 0;
     for_each_channel_vector<Accumulator<T>>(channels_, [&](int64_t c) {
       const auto tile = [&](int64_t t, auto tile_taps) {
-        nhwc_weight_sums<T, decltype(tile_taps)::value, G>(
-            taps.data() + t, gradients + y * out_row_, channels_, columns.count, inside_begin_,
-            inside_end_, columns.step, c, sums + slot, slots_, next);
+        for (int64_t j = 0; j < columns.count; j += kSumLength) {
+          nhwc_weight_sums<T, decltype(tile_taps)::value, G>(
+              taps.data() + t, gradients + y * out_row_, channels_, j,
+              std::min(columns.count, j + kSumLength), inside_begin_, inside_end_, columns.step, c,
+              sums + slot, slots_, next);
+        }
       };
       const int64_t count = static_cast<int64_t>(taps.size());
       if constexpr (G == 1) {
