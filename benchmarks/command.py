@@ -39,7 +39,7 @@ _DTYPES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options to a parser."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="the tutorial's rows with few samples, in one to two minutes")
+    add("--quick", action="store_true", help="the tutorial's rows, in one to two minutes")
     add(
         "--suite",
         nargs="+",
