@@ -101,8 +101,8 @@ void max_pool2d_forward(const MaxPool2dProblem& problem, Isa isa, const ThreadPo
                         const void* input, void* output, void* argmax);
 
 // Adds each output gradient to its window's winner, if it has one; writes all of
-// grad_input. Throws std::invalid_argument for an argmax that the problem cannot give.
-void max_pool2d_backward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
+// grad_input.
+void max_pool2d_backward(const MaxPool2dProblem& problem, const ThreadPool& pool,
                          const void* grad_output, const void* argmax, void* grad_input);
 
 // values[i] = input at the winner of window i, or 0 if it has none: the derivative

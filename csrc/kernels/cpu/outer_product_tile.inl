@@ -126,6 +126,22 @@ CNNK_INLINE void for_each_vector_tile(int64_t vectors, Body&& body) {
   }
 }
 
+// Full-width interleaving of two vectors: a0 b0 a1 b1 …
+template <class A, size_t... I>
+CNNK_INLINE void interleave_at(Vec<A> a, Vec<A> b, Vec<A>& low, Vec<A>& high,
+                               std::index_sequence<I...>) {
+  constexpr size_t lanes = sizeof...(I);
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * lanes)...);
+  high = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * lanes + lanes / 2)...);
+#else
+  typedef Vec<Mask<A> > Index;
+  low = __builtin_shuffle(a, b, Index{static_cast<Mask<A> >(I / 2 + (I % 2) * lanes)...});
+  high =
+      __builtin_shuffle(a, b, Index{static_cast<Mask<A> >(I / 2 + (I % 2) * lanes + lanes / 2)...});
+#endif
+}
+
 // A square of lanes x lanes elements: log2(lanes) rounds of interleaving row i
 // with row i + lanes/2 turn rows into columns.
 template <class A>

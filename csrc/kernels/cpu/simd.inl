@@ -258,22 +258,6 @@ CNNK_INLINE void store_out(DType dtype, void* out, int64_t at, Vec<A> v, int64_t
   }
 }
 
-// Full-width interleaving of two vectors: a0 b0 a1 b1 …
-template <class A, size_t... I>
-CNNK_INLINE void interleave_at(Vec<A> a, Vec<A> b, Vec<A>& low, Vec<A>& high,
-                               std::index_sequence<I...>) {
-  constexpr size_t lanes = sizeof...(I);
-#if defined(__clang__)
-  low = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * lanes)...);
-  high = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * lanes + lanes / 2)...);
-#else
-  typedef Vec<Mask<A>> Index;
-  low = __builtin_shuffle(a, b, Index{static_cast<Mask<A>>(I / 2 + (I % 2) * lanes)...});
-  high =
-      __builtin_shuffle(a, b, Index{static_cast<Mask<A>>(I / 2 + (I % 2) * lanes + lanes / 2)...});
-#endif
-}
-
 // Every second element of the 2 * lanes from p on: the even ones and the odd.
 struct EvenOdd {
   Vec<float> even, odd;

@@ -1,8 +1,13 @@
-// What follows a max pooling's winners: the gather reads there, and the indices name the
-// place.
+// What follows a max pooling's winners: the backward adds each output gradient
+// to its winner, the gather reads there, and the indices name the place.
 //
-// Scalar and scattered, plane by plane, so one source serves every instruction set.
+// Scalar and scattered, plane by plane, so one source serves every instruction
+// set. 16-bit gradients are summed in float and rounded once.
+#include <algorithm>
+#include <type_traits>
+
 #include "kernels/max_pool2d.h"
+#include "kernels/workspace.h"
 
 namespace cnnkernels {
 namespace {
@@ -32,6 +37,63 @@ void for_each_winner(const MaxPool2dProblem& problem, const WinnerPositions& pos
   }
 }
 
+template <class T, class Tap>
+void scatter(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* grad_output_data,
+             const void* argmax_data, void* grad_input_data) {
+  using A = Accumulator<T>;
+  const WinnerPositions positions(problem);
+  const int64_t in_image = problem.channels * problem.in_height * problem.in_width;
+  const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
+  const bool serial = problem.batch * in_image * element_size(problem.dtype) < kSerialBytes;
+  // A task: some channels of one image.
+  const int64_t block = problem.layout == Layout::nchw ? 1 : 16;
+  const int64_t blocks = ceil_div(problem.channels, block);
+  const int64_t pixels = problem.in_height * problem.in_width;
+  const bool nchw = problem.layout == Layout::nchw;
+  parallel_for(pool, problem.batch * blocks, serial, [&](int64_t begin, int64_t end) {
+    constexpr bool sums_in_place = std::is_same_v<T, A>;
+    const Workspace workspace(sums_in_place ? 1 : pixels * static_cast<int64_t>(sizeof(A)));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / blocks;
+      const int64_t c0 = task % blocks * block;
+      const int64_t count = std::min(block, problem.channels - c0);
+      const T* const grad_output = static_cast<const T*>(grad_output_data) + n * out_image;
+      const Tap* const argmax = static_cast<const Tap*>(argmax_data) + n * out_image;
+      T* const grad_input = static_cast<T*>(grad_input_data) + n * in_image;
+      if constexpr (sums_in_place) {
+        if (nchw) {
+          std::fill_n(grad_input + c0 * pixels, count * pixels, T{0});
+        } else {
+          for (int64_t i = 0; i < pixels; ++i) {
+            std::fill_n(grad_input + i * problem.channels + c0, count, T{0});
+          }
+        }
+        for (int64_t c = c0; c < c0 + count; ++c) {
+          for_each_winner(
+              problem, positions, argmax, c,
+              [&](int64_t out, int64_t in) { grad_input[in] += grad_output[out]; }, [](int64_t) {});
+        }
+      } else {
+        A* const sums = workspace.as<A>();
+        for (int64_t c = c0; c < c0 + count; ++c) {
+          std::fill_n(sums, pixels, A{0});
+          const int64_t start = nchw ? c * pixels : c;
+          const int64_t step = nchw ? 1 : problem.channels;
+          for_each_winner(
+              problem, positions, argmax, c,
+              [&](int64_t out, int64_t in) {
+                sums[(in - start) / step] += widen(grad_output[out]);
+              },
+              [](int64_t) {});
+          for (int64_t i = 0; i < pixels; ++i) {
+            grad_input[start + i * step] = narrow<T>(sums[i]);
+          }
+        }
+      }
+    }
+  });
+}
+
 // Calls visit(n, channel) for every plane, in parallel.
 template <class Visit>
 void for_each_plane(const MaxPool2dProblem& problem, const ThreadPool& pool, const Visit& visit) {
@@ -44,6 +106,15 @@ void for_each_plane(const MaxPool2dProblem& problem, const ThreadPool& pool, con
 }
 
 }  // namespace
+
+void max_pool2d_backward(const MaxPool2dProblem& problem, const ThreadPool& pool,
+                         const void* grad_output, const void* argmax, void* grad_input) {
+  with_dtype(problem.dtype, [&](auto element) {
+    with_tap(problem, [&](auto tap) {
+      scatter<decltype(element), decltype(tap)>(problem, pool, grad_output, argmax, grad_input);
+    });
+  });
+}
 
 void max_pool2d_gather(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* input,
                        const void* argmax, void* values) {
