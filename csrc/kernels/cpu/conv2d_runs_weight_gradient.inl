@@ -3,9 +3,10 @@
 // For an output pixel the taps of a kernel row, with all their channels, are one run of the
 // input, and the output's gradients of all channels are another. Their outer product is a row
 // of the weight gradient. A tile holds KV vectors of the one side by P broadcast elements of
-// the other for a block of pixels, up to 64, whose operands fit the first-level cache: all
-// tiles go over a block before the next. So nothing is packed but a border, and few channels
-// fill the registers as well as many: 1x16, 2x12 or 3x8 of 32, 1x8, 2x6 or 3x4 of 16.
+// the other for a block of pixels, up to 64, of whose operands what a tile reads fits the
+// first-level cache: all tiles go over a block before the next. So nothing is packed but a border,
+// and few channels fill the registers as well as many: 1x16, 2x12 or 3x8 of 32, 1x8, 2x6 or 3x4
+// of 16.
 //
 // A kernel of one tap has the wider side for its vectors. A slice of the blocks has totals of
 // its own; the number of slices is the problem's, so that the order of a sum is the same for
