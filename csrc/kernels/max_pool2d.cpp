@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/max_pool2d_packing.h"
+#include "kernels/cpu/max_pool2d.h"
 
 namespace cnnkernels {
 
@@ -33,7 +33,25 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
   plan.threads = bytes < kSerialBytes ? 1 : threads;
   plan.rows_per_band = std::clamp<int64_t>((kBandBytes / row_bytes - overlap) / problem.stride_h, 1,
                                            problem.out_height);
+  // A gather compares each element with every window over it; a scatter takes as
+  // long as two vectors' worth of comparisons.
+  const int64_t overlapping = ceil_div(problem.kernel_height, problem.stride_h) *
+                              ceil_div(problem.kernel_width, problem.stride_w);
+  plan.gathers = overlapping <= 2 * plan.vector_lanes;
+  const int64_t window_row_bytes = std::max<int64_t>(1, problem.out_width * (size + 1));
+  plan.gradient_rows_per_band =
+      std::clamp<int64_t>((kBandBytes / window_row_bytes) * problem.stride_h, 1, problem.in_height);
   return plan;
+}
+
+void max_pool2d_backward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
+                         const void* grad_output, const void* argmax, void* grad_input) {
+  const MaxPool2dPlan plan = plan_max_pool2d(problem, isa, pool.threads);
+  if (plan.gathers) {
+    max_pool2d_gathered_backward(problem, plan, pool, grad_output, argmax, grad_input);
+  } else {
+    max_pool2d_scattered_backward(problem, plan, pool, grad_output, argmax, grad_input);
+  }
 }
 
 }  // namespace cnnkernels

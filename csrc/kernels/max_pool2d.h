@@ -41,6 +41,8 @@ struct MaxPool2dPlan {
   int vector_lanes;
   int threads;            // 1: the call stays on its own thread
   int64_t rows_per_band;  // output rows whose packed input stays in the cache; NCHW
+  bool gathers;           // the backward: gather, or scatter where too many windows overlap
+  int64_t gradient_rows_per_band;  // input rows whose windows stay in the cache; NCHW
 };
 
 MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int threads);
@@ -102,7 +104,7 @@ void max_pool2d_forward(const MaxPool2dProblem& problem, Isa isa, const ThreadPo
 
 // Adds each output gradient to its window's winner, if it has one; writes all of
 // grad_input.
-void max_pool2d_backward(const MaxPool2dProblem& problem, const ThreadPool& pool,
+void max_pool2d_backward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
                          const void* grad_output, const void* argmax, void* grad_input);
 
 // values[i] = input at the winner of window i, or 0 if it has none: the derivative

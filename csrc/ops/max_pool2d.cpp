@@ -188,8 +188,9 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& argmax,
   const at::Tensor grad_input = empty_cpu(size, grad_output.scalar_type(), format);
   if (problem.batch > 0) {
     count(kernel_calls().max_pool2d_backward);
-    cnnkernels::max_pool2d_backward(problem, torch_thread_pool(), read_data(gradient_values),
-                                    read_data(argmax_values), grad_input.mutable_data_ptr());
+    cnnkernels::max_pool2d_backward(problem, active_isa(), torch_thread_pool(),
+                                    read_data(gradient_values), read_data(argmax_values),
+                                    grad_input.mutable_data_ptr());
   }
   return unbatched(grad_input, dimensions);
 }

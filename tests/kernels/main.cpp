@@ -224,7 +224,9 @@ void check_refused(const MaxPool2dProblem& p, const Tensor& taps, Element elemen
     expect(thrown, std::string(name) + " takes an argmax that no window has");
   };
   const ThreadPool pool = thread_pool(1);
-  refuses("backward", [&] { max_pool2d_backward(p, pool, out.data(), argmax.data(), in.data()); });
+  refuses("backward", [&] {
+    max_pool2d_backward(p, active_isa(), pool, out.data(), argmax.data(), in.data());
+  });
   refuses("gather", [&] { max_pool2d_gather(p, pool, in.data(), argmax.data(), out.data()); });
   refuses("indices", [&] { max_pool2d_indices(p, pool, argmax.data(), indices.data<int64_t>()); });
 }
@@ -272,7 +274,7 @@ void check_max_pool2d(Random& random) {
     if (with_taps) expect_holds(taps, pooled.taps, "argmax");
     if (isa != Isa::baseline) return;  // what follows has one source for all tiers
     const Memory grad_input(element, x.shape, in_strides);
-    max_pool2d_backward(p, pool, grad_output.data(), winners_only.data(), grad_input.data());
+    max_pool2d_backward(p, isa, pool, grad_output.data(), winners_only.data(), grad_input.data());
     expect_holds(grad_input, grad_x, "gradient of the input");
     const Memory picked(element, shape, out_strides);
     max_pool2d_gather(p, pool, input.data(), winners_only.data(), picked.data());

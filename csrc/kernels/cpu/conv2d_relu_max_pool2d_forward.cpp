@@ -1,6 +1,6 @@
 #include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_relu_max_pool2d.h"
-#include "kernels/cpu/max_pool2d_packing.h"
+#include "kernels/cpu/max_pool2d.h"
 
 #define CNNK_TIER_SOURCE "kernels/cpu/conv2d_relu_max_pool2d_forward.inl"
 #include "kernels/cpu/for_each_tier.h"

@@ -1,4 +1,4 @@
-#include "kernels/cpu/max_pool2d_packing.h"
+#include "kernels/cpu/max_pool2d.h"
 
 #define CNNK_TIER_SOURCE "kernels/cpu/max_pool2d_forward.inl"
 #include "kernels/cpu/for_each_tier.h"

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "kernels/max_pool2d.h"
+#include "kernels/cpu/max_pool2d.h"
 #include "kernels/workspace.h"
 
 namespace cnnkernels {
@@ -38,19 +38,18 @@ void for_each_winner(const MaxPool2dProblem& problem, const WinnerPositions& pos
 }
 
 template <class T, class Tap>
-void scatter(const MaxPool2dProblem& problem, const ThreadPool& pool, const void* grad_output_data,
-             const void* argmax_data, void* grad_input_data) {
+void scatter(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, const ThreadPool& pool,
+             const void* grad_output_data, const void* argmax_data, void* grad_input_data) {
   using A = Accumulator<T>;
   const WinnerPositions positions(problem);
   const int64_t in_image = problem.channels * problem.in_height * problem.in_width;
   const int64_t out_image = problem.channels * problem.out_height * problem.out_width;
-  const bool serial = problem.batch * in_image * element_size(problem.dtype) < kSerialBytes;
   // A task: some channels of one image.
   const int64_t block = problem.layout == Layout::nchw ? 1 : 16;
   const int64_t blocks = ceil_div(problem.channels, block);
   const int64_t pixels = problem.in_height * problem.in_width;
   const bool nchw = problem.layout == Layout::nchw;
-  parallel_for(pool, problem.batch * blocks, serial, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, problem.batch * blocks, plan.threads == 1, [&](int64_t begin, int64_t end) {
     constexpr bool sums_in_place = std::is_same_v<T, A>;
     const Workspace workspace(sums_in_place ? 1 : pixels * static_cast<int64_t>(sizeof(A)));
     for (int64_t task = begin; task < end; ++task) {
@@ -107,11 +106,13 @@ void for_each_plane(const MaxPool2dProblem& problem, const ThreadPool& pool, con
 
 }  // namespace
 
-void max_pool2d_backward(const MaxPool2dProblem& problem, const ThreadPool& pool,
-                         const void* grad_output, const void* argmax, void* grad_input) {
+void max_pool2d_scattered_backward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
+                                   const ThreadPool& pool, const void* grad_output,
+                                   const void* argmax, void* grad_input) {
   with_dtype(problem.dtype, [&](auto element) {
     with_tap(problem, [&](auto tap) {
-      scatter<decltype(element), decltype(tap)>(problem, pool, grad_output, argmax, grad_input);
+      scatter<decltype(element), decltype(tap)>(problem, plan, pool, grad_output, argmax,
+                                                grad_input);
     });
   });
 }

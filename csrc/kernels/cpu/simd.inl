@@ -258,24 +258,49 @@ CNNK_INLINE void store_out(DType dtype, void* out, int64_t at, Vec<A> v, int64_t
   }
 }
 
-// Every second element of the 2 * lanes from p on: the even ones and the odd.
-struct EvenOdd {
-  Vec<float> even, odd;
-};
-CNNK_INLINE EvenOdd load_even_odd(const float* p) {
-  const Vec<float> low = load(p), high = load(p + kLanes<float>);
+// The lanes of two vectors that At(0), At(1), ... name, the second's from kLanes on.
+template <class T, int (*At)(int), size_t... I>
+CNNK_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
 #if defined(__clang__)
-#define CNNK_SHUFFLE(...) __builtin_shufflevector(low, high, __VA_ARGS__)
+  return __builtin_shufflevector(a, b, At(I)...);
 #else
-#define CNNK_SHUFFLE(...) __builtin_shuffle(low, high, Vec<int32_t>{__VA_ARGS__})
+  return __builtin_shuffle(a, b, Vec<Mask<T>>{At(I)...});
 #endif
-#if CNNK_VECTOR_BYTES == 64
-  return {CNNK_SHUFFLE(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-          CNNK_SHUFFLE(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
-#elif CNNK_VECTOR_BYTES == 32
-  return {CNNK_SHUFFLE(0, 2, 4, 6, 8, 10, 12, 14), CNNK_SHUFFLE(1, 3, 5, 7, 9, 11, 13, 15)};
-#else
-  return {CNNK_SHUFFLE(0, 2, 4, 6), CNNK_SHUFFLE(1, 3, 5, 7)};
-#endif
-#undef CNNK_SHUFFLE
+}
+template <class T, int (*At)(int)>
+CNNK_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b) {
+  return shuffled<T, At>(a, b, std::make_index_sequence<kLanes<T>>());
+}
+
+constexpr int even_lane(int i) { return 2 * i; }
+constexpr int odd_lane(int i) { return 2 * i + 1; }
+template <int Lanes>
+constexpr int low_lane(int i) {
+  return i % 2 * Lanes + i / 2;
+}
+template <int Lanes>
+constexpr int high_lane(int i) {
+  return low_lane<Lanes>(i + Lanes);
+}
+
+// Every second element of the 2 * lanes from p on: the even ones and the odd.
+template <class T>
+struct EvenOdd {
+  Vec<T> even, odd;
+};
+template <class T>
+CNNK_INLINE EvenOdd<T> load_even_odd(const T* p) {
+  const Vec<T> low = load(p), high = load(p + kLanes<T>);
+  return {shuffled<T, even_lane>(low, high), shuffled<T, odd_lane>(low, high)};
+}
+
+// The inverse: the elements of which `even` and `odd` are every second.
+template <class T>
+struct LowHigh {
+  Vec<T> low, high;
+};
+template <class T>
+CNNK_INLINE LowHigh<T> interleaved(Vec<T> even, Vec<T> odd) {
+  return {shuffled<T, low_lane<kLanes<T>>>(even, odd),
+          shuffled<T, high_lane<kLanes<T>>>(even, odd)};
 }
