@@ -6,16 +6,36 @@
 
 namespace cnnkernels {
 
+namespace {
+
+// A row at stride 2 is split into even and odd columns as it is loaded.
+bool deinterleaves(const MaxPool2dProblem& problem) {
+  return problem.stride_w == 2 && problem.dilation_w == 1 && problem.kernel_width > 1;
+}
+
+int64_t columns_reached(const MaxPool2dProblem& problem) {
+  return (problem.out_width - 1) * problem.stride_w +
+         (problem.kernel_width - 1) * problem.dilation_w + 1;
+}
+
+// Whether a plane can be read where it lies: no column of a window lies outside.
+bool reads_in_place(const MaxPool2dProblem& problem) {
+  return problem.layout == Layout::nchw &&
+         element_size(problem.dtype) == accumulator_size(problem.dtype) && problem.pad_left == 0 &&
+         columns_reached(problem) <= problem.in_width &&
+         (problem.stride_w == 1 || deinterleaves(problem));
+}
+
+}  // namespace
+
 PackedPlanes packed_pool_input(const MaxPool2dProblem& problem) {
   PackedPlanes packed;
   packed.top = problem.pad_top;
   packed.left = problem.pad_left;
-  packed.phases = problem.stride_w;
+  packed.phases = deinterleaves(problem) ? 1 : problem.stride_w;
   packed.rows = (problem.out_height - 1) * problem.stride_h +
                 (problem.kernel_height - 1) * problem.dilation_h + 1;
-  const int64_t columns = (problem.out_width - 1) * problem.stride_w +
-                          (problem.kernel_width - 1) * problem.dilation_w + 1;
-  packed.row_length = ceil_div(columns, problem.stride_w);
+  packed.row_length = ceil_div(columns_reached(problem), packed.phases);
   return packed;
 }
 
@@ -27,7 +47,10 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
   const int64_t overlap = (problem.kernel_height - 1) * problem.dilation_h + 1 - problem.stride_h;
   const int64_t bytes = problem.outputs() * problem.window() * element_size(problem.dtype);
   MaxPool2dPlan plan;
-  plan.algorithm = problem.layout == Layout::nchw ? "packed rows" : "channel vectors";
+  plan.in_place = reads_in_place(problem);
+  plan.algorithm = problem.layout == Layout::nhwc ? "channel vectors"
+                   : plan.in_place                ? "rows"
+                                                  : "packed rows";
   plan.isa = isa;
   plan.vector_lanes = static_cast<int>(vector_bytes(isa) / size);
   plan.threads = bytes < kSerialBytes ? 1 : threads;

@@ -131,10 +131,11 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
                                  (window.kernel_height - 1) * window.dilation_h + 1;
   const int64_t scratch_pitch = round_up(conv.out_width, lanes);
   const int64_t scratch_plane = band_conv_rows * scratch_pitch;
-  const int64_t scratch_count =
-      plan.pool_in_registers
-          ? 0
-          : plan.channels_per_task * scratch_plane + band_conv_rows * whole_window.pitch() + lanes;
+  const int64_t scratch_count = plan.pool_in_registers
+                                    ? 0
+                                    : plan.channels_per_task * scratch_plane +
+                                          (band_conv_rows + 1) * whole_window.pitch() +
+                                          window.stride_w * lanes;
 
   for (int64_t n0 = 0; n0 < conv.batch; n0 += plan.images_per_chunk) {
     const int64_t images = std::min(plan.images_per_chunk, conv.batch - n0);
@@ -223,7 +224,8 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
                                             rows.first,
                                             rows.last,
                                             tables.first_column.data(),
-                                            window.out_width};
+                                            window.out_width,
+                                            whole_window.phases < window.stride_w};
             const int64_t at =
                 out_start + i * destination.channel_stride + y * destination.row_stride;
             pool_row<A>(pool_source, conv.dtype, output, argmax, at, destination.column_stride);

@@ -176,29 +176,6 @@ CNNK_INLINE void add_won(Vec<A>& sum, Vec<Mask<A>> taps, Mask<A> tap, Vec<A> gra
 
 // NCHW.
 
-// Copies of short rows, without a call and without reading past them.
-template <class T>
-CNNK_INLINE void copy_row(const T* from, Accumulator<T>* to, int64_t count) {
-  constexpr int64_t lanes = kLanes<Accumulator<T>>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(to + i, load_widened(from + i));
-  if (i < count) store_head(to + i, load_head(from + i, count - i), count - i);
-}
-
-template <class Tap>
-CNNK_INLINE void copy_taps(const Tap* from, Tap* to, int64_t count) {
-  // The last piece is moved back to end with the row.
-  constexpr int64_t piece = 8 / static_cast<int64_t>(sizeof(Tap));
-  if (count < piece) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-    return;
-  }
-  for (int64_t i = 0; i < count; i += piece) {
-    const int64_t at = std::min(i, count - piece);
-    __builtin_memcpy(to + at, from + at, 8);
-  }
-}
-
 // The rows of gradients and argmaxes of a band's windows, with a border that no
 // element has won. Input column stride_w * i + phase is covered by the windows
 // i + offset of the phase's taps.
@@ -240,7 +217,7 @@ struct WindowBand {
   void copy(const T* gradients, const Tap* argmax, int64_t count, A* to_gradients,
             Tap* to_argmax) const {
     for (int64_t y = 0; y < count; ++y) {
-      copy_row(gradients + y * width, to_gradients + y * pitch + left, width);
+      widen_row(gradients + y * width, to_gradients + y * pitch + left, width);
       copy_taps(argmax + y * width, to_argmax + y * pitch + left, width);
     }
   }

@@ -1,18 +1,20 @@
-// One row of pooled outputs from packed planes: vectors along the row.
+// Pooled outputs: the maximum and the tap that it was found at stay in registers
+// over the window.
 //
-// The maximum and its tap stay in registers over the window. Packed borders
-// hold -inf, which never replaces a maximum; where nothing does, the result is
-// the window's first tap inside of the image.
+// One row of a plane: vectors along the row. Elements outside of the image are
+// -inf, which never replaces a maximum; where nothing does, the result is the
+// window's first tap inside of the image.
 
 template <class A>
 struct PoolRow {
-  const A* source;          // packed position of output column 0, window row 0
+  const A* source;          // position of output column 0, window row 0
   const int64_t* row_taps;  // kernel_width offsets of a window row's taps
   int64_t row_step;         // from one window row to the next
   int64_t kernel_height, kernel_width;
   int64_t first_row, last_row;  // window rows inside of the image: [first, last)
   const Mask<A>* first_column;  // of each output column: its first tap inside
   int64_t width;
+  bool deinterleaves;  // stride 2 in a plain row; else neighbours read neighbours
 };
 
 template <class A>
@@ -22,25 +24,39 @@ struct Winner {
 };
 
 // torch's order: a greater value or a NaN replaces the maximum.
-template <class A>
+template <class A, bool WithTap = true>
 CNNK_INLINE void challenge(Winner<A>& winner, Vec<A> value, Mask<A> tap) {
   const Vec<Mask<A>> wins = (value > winner.value) | (value != value);
   winner.value = select<A>(wins, value, winner.value);
-  winner.tap = wins ? broadcast<Mask<A>>(tap) : winner.tap;
+  if constexpr (WithTap) winner.tap = wins ? broadcast<Mask<A>>(tap) : winner.tap;
 }
 
-template <class A>
+// Kernel: the window's width where that is known, else 0.
+template <bool WithTap, bool Deinterleaves, int Kernel, class A>
 CNNK_INLINE Winner<A> pool_window(const PoolRow<A>& row, int64_t x) {
   constexpr A lowest = -std::numeric_limits<A>::infinity();
+  const int64_t width = Kernel > 0 ? Kernel : row.kernel_width;
   Winner<A> winner;
   winner.value = broadcast<A>(lowest);
-  winner.tap = load(row.first_column + x) +
-               broadcast<Mask<A>>(static_cast<Mask<A>>(row.first_row * row.kernel_width));
+  winner.tap =
+      load(row.first_column + x) + broadcast<Mask<A>>(static_cast<Mask<A>>(row.first_row * width));
   for (int64_t r = row.first_row; r < row.last_row; ++r) {
-    const A* const source = row.source + r * row.row_step + x;
-    for (int64_t s = 0; s < row.kernel_width; ++s) {
-      challenge<A>(winner, load(source + row.row_taps[s]),
-                   static_cast<Mask<A>>(r * row.kernel_width + s));
+    const auto meet = [&](int64_t s, Vec<A> value) {
+      challenge<A, WithTap>(winner, value, static_cast<Mask<A>>(r * width + s));
+    };
+    if constexpr (Deinterleaves) {
+      const A* const source = row.source + r * row.row_step + 2 * x;
+      int64_t s = 0;
+      for (; s + 2 <= width; s += 2) {
+        const EvenOdd<A> columns = load_even_odd(source + s);
+        meet(s, columns.even);
+        meet(s + 1, columns.odd);
+      }
+      // The last column of an odd window: nothing is read that no window has.
+      if (s < width) meet(s, load_even_odd(source + s - 1).odd);
+    } else {
+      const A* const source = row.source + r * row.row_step + x;
+      for (int64_t s = 0; s < width; ++s) meet(s, load(source + row.row_taps[s]));
     }
   }
   return winner;
@@ -54,6 +70,21 @@ struct ArgmaxOut {
   int32_t clipped;
 };
 
+// Short runs of taps, without a call and without touching what follows: the last
+// eight bytes are moved back to end with the run.
+template <class Tap>
+CNNK_INLINE void copy_taps(const Tap* from, Tap* to, int64_t count) {
+  constexpr int64_t piece = 8 / static_cast<int64_t>(sizeof(Tap));
+  if (count < piece) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i < count; i += piece) {
+    const int64_t at = std::min(i, count - piece);
+    __builtin_memcpy(to + at, from + at, 8);
+  }
+}
+
 template <class A, class Tap>
 CNNK_INLINE void store_taps_as(Tap* to, Vec<Mask<A>> taps, int64_t count, int64_t step) {
   constexpr int lanes = kLanes<A>;
@@ -65,6 +96,7 @@ CNNK_INLINE void store_taps_as(Tap* to, Vec<Mask<A>> taps, int64_t count, int64_
   }
   Tap values[lanes];
   __builtin_memcpy(values, &narrow_taps, sizeof values);
+  if (step == 1) return copy_taps(values, to, count);
   for (int64_t i = 0; i < count; ++i) to[i * step] = values[i];
 }
 
@@ -84,16 +116,38 @@ CNNK_INLINE void store_taps(const ArgmaxOut& out, int64_t at, const Winner<A>& w
   }
 }
 
+template <bool WithTap, bool Deinterleaves, int Kernel, class A>
+void pool_row_of(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut& argmax,
+                 int64_t at, int64_t step) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t count = std::min(lanes, row.width);
+  for (int64_t next = 0; next < row.width; next += lanes) {
+    // The last vector is moved back to end with the row.
+    const int64_t x = std::min(next, row.width - count);
+    const Winner<A> winner = pool_window<WithTap, Deinterleaves, Kernel>(row, x);
+    store_out<A>(dtype, values, at + x * step, winner.value, count, step);
+    if constexpr (WithTap) store_taps<A>(argmax, at + x * step, winner, count, step);
+  }
+}
+
 // Writes a row of values and of taps from element `at` on.
 template <class A>
 void pool_row(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut& argmax, int64_t at,
               int64_t step) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t x = 0; x < row.width; x += lanes) {
-    const int64_t count = std::min(lanes, row.width - x);
-    const Winner<A> winner = pool_window(row, x);
-    store_out<A>(dtype, values, at + x * step, winner.value, count, step);
-    store_taps<A>(argmax, at + x * step, winner, count, step);
+  const auto run = [&](auto with_tap, auto deinterleaves, auto kernel) {
+    pool_row_of<decltype(with_tap)::value, decltype(deinterleaves)::value, decltype(kernel)::value>(
+        row, dtype, values, argmax, at, step);
+  };
+  const auto run_kernel = [&](auto with_tap) {
+    if (!row.deinterleaves) return run(with_tap, std::false_type{}, Constant<0>{});
+    if (row.kernel_width == 2) return run(with_tap, std::true_type{}, Constant<2>{});
+    if (row.kernel_width == 3) return run(with_tap, std::true_type{}, Constant<3>{});
+    run(with_tap, std::true_type{}, Constant<0>{});
+  };
+  if (argmax.data != nullptr) {
+    run_kernel(std::true_type{});
+  } else {
+    run_kernel(std::false_type{});
   }
 }
 

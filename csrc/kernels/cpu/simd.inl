@@ -170,23 +170,6 @@ CNNK_INLINE void store_first(T* p, Vec<Accumulator<T>> v, int64_t n, int64_t ste
   for (int64_t i = 0; i < n; ++i) p[i * step] = narrow<T>(lanes[i]);
 }
 
-// Converts `count` consecutive elements.
-template <class T>
-CNNK_INLINE void widen_row(const T* from, Accumulator<T>* to, int64_t count) {
-  constexpr int lanes = kLanes<Accumulator<T>>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(to + i, load_widened(from + i));
-  for (; i < count; ++i) to[i] = widen(from[i]);
-}
-
-template <class T>
-CNNK_INLINE void narrow_row(const Accumulator<T>* from, T* to, int64_t count) {
-  constexpr int lanes = kLanes<Accumulator<T>>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store_narrowed(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = narrow<T>(from[i]);
-}
-
 // The element types that accumulate in A, resolved at run time where a branch a
 // vector costs less than another copy of the kernel.
 template <class A, class Body>
@@ -227,6 +210,23 @@ CNNK_INLINE void store_head(float* p, Vec<float> v, int64_t n) {
 template <class T>
 CNNK_INLINE void store_head(T* p, Vec<Accumulator<T>> v, int64_t n) {
   store_first(p, v, n);
+}
+
+// Converts `count` consecutive elements.
+template <class T>
+CNNK_INLINE void widen_row(const T* from, Accumulator<T>* to, int64_t count) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load_widened(from + i));
+  if (i < count) store_head(to + i, load_head(from + i, count - i), count - i);
+}
+
+template <class T>
+CNNK_INLINE void narrow_row(const Accumulator<T>* from, T* to, int64_t count) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store_narrowed(to + i, load(from + i));
+  if (i < count) store_head(to + i, load_head(from + i, count - i), count - i);
 }
 
 // Stores the first `count` lanes from element `at` on, `step` elements apart.
