@@ -95,13 +95,16 @@ CNNK_INLINE void pool_channels(const WindowElement<Accumulator<T>>* elements, in
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<A>;
   Winner<A> winners[Vectors];
+#pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) winners[v] = no_winner_yet<A>(elements[0]);
   for (int64_t k = 0; k < count; ++k) {
     const T* const source = window + elements[k].offset;
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       challenge<A, WithTap>(winners[v], load_widened(source + v * lanes), elements[k].tap);
     }
   }
+#pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
     store_narrowed(output + at + v * lanes, winners[v].value);
     if constexpr (WithTap) store_taps<A>(argmax, at + v * lanes, winners[v], lanes, 1);

@@ -47,6 +47,7 @@ CNNK_INLINE Winner<A> pool_window(const PoolRow<A>& row, int64_t x) {
     if constexpr (Deinterleaves) {
       const A* const source = row.source + r * row.row_step + 2 * x;
       int64_t s = 0;
+#pragma GCC unroll 2
       for (; s + 2 <= width; s += 2) {
         const EvenOdd<A> columns = load_even_odd(source + s);
         meet(s, columns.even);
@@ -56,6 +57,7 @@ CNNK_INLINE Winner<A> pool_window(const PoolRow<A>& row, int64_t x) {
       if (s < width) meet(s, load_even_odd(source + s - 1).odd);
     } else {
       const A* const source = row.source + r * row.row_step + x;
+#pragma GCC unroll 3
       for (int64_t s = 0; s < width; ++s) meet(s, load(source + row.row_taps[s]));
     }
   }
@@ -75,6 +77,13 @@ struct ArgmaxOut {
 template <class Tap>
 CNNK_INLINE void copy_taps(const Tap* from, Tap* to, int64_t count) {
   constexpr int64_t piece = 8 / static_cast<int64_t>(sizeof(Tap));
+#if CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
+  if (sizeof(Tap) == 1 && count <= 16) {
+    const __mmask16 run = static_cast<__mmask16>((1u << count) - 1);
+    _mm_mask_storeu_epi8(to, run, _mm_maskz_loadu_epi8(run, from));
+    return;
+  }
+#endif
   if (count < piece) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
     return;
@@ -139,6 +148,9 @@ void pool_row(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut&
         row, dtype, values, argmax, at, step);
   };
   const auto run_kernel = [&](auto with_tap) {
+    if (!row.deinterleaves && row.kernel_width == 3) {
+      return run(with_tap, std::false_type{}, Constant<3>{});
+    }
     if (!row.deinterleaves) return run(with_tap, std::false_type{}, Constant<0>{});
     if (row.kernel_width == 2) return run(with_tap, std::true_type{}, Constant<2>{});
     if (row.kernel_width == 3) return run(with_tap, std::true_type{}, Constant<3>{});
@@ -177,6 +189,9 @@ struct WindowRows {
 
 CNNK_INLINE WindowRows window_rows(const MaxPool2dProblem& problem, int64_t y) {
   const int64_t start = y * problem.stride_h - problem.pad_top;
+  if (start >= 0 && start + (problem.kernel_height - 1) * problem.dilation_h < problem.in_height) {
+    return {0, problem.kernel_height};
+  }
   const int64_t first = start < 0 ? ceil_div(-start, problem.dilation_h) : 0;
   const int64_t room = problem.in_height - 1 - start;
   const int64_t last = room < 0 ? 0 : room / problem.dilation_h + 1;
