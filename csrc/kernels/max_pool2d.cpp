@@ -26,6 +26,14 @@ bool reads_in_place(const MaxPool2dProblem& problem) {
          (problem.stride_w == 1 || deinterleaves(problem));
 }
 
+// Whether comparisons of rows, which overlapping windows share, and of their
+// maxima are fewer; each pass also costs as much as a comparison for what it keeps.
+bool pays_in_two_passes(const MaxPool2dProblem& problem) {
+  const int64_t new_rows = std::min(problem.stride_h, problem.kernel_height);
+  const int64_t comparisons = problem.kernel_width * new_rows + problem.kernel_height + 2;
+  return 5 * comparisons < 4 * problem.window();
+}
+
 }  // namespace
 
 PackedPlanes packed_pool_input(const MaxPool2dProblem& problem) {
@@ -48,14 +56,25 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
   const int64_t bytes = problem.outputs() * problem.window() * element_size(problem.dtype);
   MaxPool2dPlan plan;
   plan.in_place = reads_in_place(problem);
-  plan.algorithm = problem.layout == Layout::nhwc ? "channel vectors"
-                   : plan.in_place                ? "rows"
-                                                  : "packed rows";
+  plan.separable = pays_in_two_passes(problem);
+  plan.algorithm = plan.separable                   ? "separable"
+                   : problem.layout == Layout::nhwc ? "channel vectors"
+                   : plan.in_place                  ? "rows"
+                                                    : "packed rows";
   plan.isa = isa;
   plan.vector_lanes = static_cast<int>(vector_bytes(isa) / size);
   plan.threads = bytes < kSerialBytes ? 1 : threads;
-  plan.rows_per_band = std::clamp<int64_t>((kBandBytes / row_bytes - overlap) / problem.stride_h, 1,
-                                           problem.out_height);
+  plan.rows_per_band = (kBandBytes / row_bytes - overlap) / problem.stride_h;
+  if (plan.separable) {
+    // Bands compute the maxima of the rows that they share anew, so they are long,
+    // and in NHWC no more than the threads need.
+    constexpr int64_t kChannelBlock = 64;
+    const int64_t tasks = problem.batch * ceil_div(problem.channels, kChannelBlock);
+    const int64_t bands = ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, tasks));
+    if (problem.layout == Layout::nhwc) plan.rows_per_band = ceil_div(problem.out_height, bands);
+    plan.rows_per_band = std::max(plan.rows_per_band, 4 * problem.kernel_height);
+  }
+  plan.rows_per_band = std::clamp<int64_t>(plan.rows_per_band, 1, problem.out_height);
   // A gather compares each element with every window over it; a scatter takes as
   // long as two vectors' worth of comparisons.
   const int64_t overlapping = ceil_div(problem.kernel_height, problem.stride_h) *

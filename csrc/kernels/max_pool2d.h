@@ -40,6 +40,7 @@ struct MaxPool2dPlan {
   Isa isa;
   int vector_lanes;
   int threads;            // 1: the call stays on its own thread
+  bool separable;         // maxima of rows first, then of these
   bool in_place;          // rows are read where they lie; NCHW
   int64_t rows_per_band;  // output rows whose packed input stays in the cache; NCHW
   bool gathers;           // the backward: gather, or scatter where too many windows overlap

@@ -153,7 +153,7 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
     parallel_for(pool, tasks, serial, [&](int64_t begin, int64_t end) {
       const Workspace scratch(scratch_count * static_cast<int64_t>(sizeof(A)));
       A* const conv_rows = scratch.as<A>();
-      A* const pool_rows = conv_rows + plan.channels_per_task * scratch_plane;
+      A* const pool_rows_data = conv_rows + plan.channels_per_task * scratch_plane;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t row_block = task % row_blocks;
         const int64_t channel_block = task / row_blocks % channel_blocks;
@@ -213,23 +213,20 @@ void forward(const Conv2dReluMaxPool2dProblem& problem, const Conv2dReluMaxPool2
         const PlaneSource rows_source = {conv_y1 - conv_y0, conv.out_width, scratch_plane,
                                          scratch_pitch, 1};
         for (int64_t i = 0; i < channels; ++i) {
-          pack_planes(conv_rows + i * scratch_plane, rows_source, 1, band, lowest, pool_rows);
-          for (int64_t y = y0; y < y1; ++y) {
-            const WindowRows rows = window_rows(window, y);
-            const PoolRow<A> pool_source = {pool_rows + (y - y0) * window.stride_h * band.pitch(),
-                                            tables.row_taps.data(),
-                                            window.dilation_h * band.pitch(),
-                                            window.kernel_height,
-                                            window.kernel_width,
-                                            rows.first,
-                                            rows.last,
-                                            tables.first_column.data(),
-                                            window.out_width,
-                                            whole_window.phases < window.stride_w};
-            const int64_t at =
-                out_start + i * destination.channel_stride + y * destination.row_stride;
-            pool_row<A>(pool_source, conv.dtype, output, argmax, at, destination.column_stride);
-          }
+          pack_planes(conv_rows + i * scratch_plane, rows_source, 1, band, lowest, pool_rows_data);
+          const PoolRow<A> pool_source = {pool_rows_data,
+                                          tables.row_taps.data(),
+                                          window.dilation_h * band.pitch(),
+                                          window.kernel_height,
+                                          window.kernel_width,
+                                          tables.first_column.data(),
+                                          window.out_width,
+                                          whole_window.phases < window.stride_w};
+          const int64_t at =
+              out_start + i * destination.channel_stride + y0 * destination.row_stride;
+          pool_rows<A>(
+              window, pool_source, y0, y1, window.stride_h * band.pitch(),
+              {conv.dtype, output, argmax, at, destination.row_stride, destination.column_stride});
         }
       }
     });

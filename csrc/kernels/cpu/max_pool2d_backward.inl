@@ -113,12 +113,8 @@ struct ArgmaxCheck {
   void operator()(int64_t y0, int64_t y1, const Tap* taps, int64_t pixel) const {
     const int64_t row = problem.out_width * pixel;
     for (int64_t y = y0, next; y < y1; y = next) {
-      const WindowRows rows = window_rows(problem, y);
-      const auto alike = [&](int64_t other) {
-        const WindowRows others = window_rows(problem, other);
-        return others.first == rows.first && others.last == rows.last;
-      };
-      for (next = y + 1; next < y1 && alike(next);) ++next;
+      const WindowRange rows = window_rows(problem, y);
+      for (next = y + 1; next < y1 && window_rows(problem, next) == rows;) ++next;
       const Tap* const from = taps + (y - y0) * row;
       const int64_t count = (next - y) * row;
       const auto scan =

@@ -11,10 +11,10 @@ struct PoolRow {
   const int64_t* row_taps;  // kernel_width offsets of a window row's taps
   int64_t row_step;         // from one window row to the next
   int64_t kernel_height, kernel_width;
-  int64_t first_row, last_row;  // window rows inside of the image: [first, last)
   const Mask<A>* first_column;  // of each output column: its first tap inside
   int64_t width;
-  bool deinterleaves;  // stride 2 in a plain row; else neighbours read neighbours
+  bool deinterleaves;                   // stride 2 in a plain row; else neighbours read neighbours
+  int64_t first_row = 0, last_row = 0;  // window rows inside of the image: [first, last)
 };
 
 template <class A>
@@ -125,44 +125,6 @@ CNNK_INLINE void store_taps(const ArgmaxOut& out, int64_t at, const Winner<A>& w
   }
 }
 
-template <bool WithTap, bool Deinterleaves, int Kernel, class A>
-void pool_row_of(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut& argmax,
-                 int64_t at, int64_t step) {
-  constexpr int64_t lanes = kLanes<A>;
-  const int64_t count = std::min(lanes, row.width);
-  for (int64_t next = 0; next < row.width; next += lanes) {
-    // The last vector is moved back to end with the row.
-    const int64_t x = std::min(next, row.width - count);
-    const Winner<A> winner = pool_window<WithTap, Deinterleaves, Kernel>(row, x);
-    store_out<A>(dtype, values, at + x * step, winner.value, count, step);
-    if constexpr (WithTap) store_taps<A>(argmax, at + x * step, winner, count, step);
-  }
-}
-
-// Writes a row of values and of taps from element `at` on.
-template <class A>
-void pool_row(const PoolRow<A>& row, DType dtype, void* values, const ArgmaxOut& argmax, int64_t at,
-              int64_t step) {
-  const auto run = [&](auto with_tap, auto deinterleaves, auto kernel) {
-    pool_row_of<decltype(with_tap)::value, decltype(deinterleaves)::value, decltype(kernel)::value>(
-        row, dtype, values, argmax, at, step);
-  };
-  const auto run_kernel = [&](auto with_tap) {
-    if (!row.deinterleaves && row.kernel_width == 3) {
-      return run(with_tap, std::false_type{}, Constant<3>{});
-    }
-    if (!row.deinterleaves) return run(with_tap, std::false_type{}, Constant<0>{});
-    if (row.kernel_width == 2) return run(with_tap, std::true_type{}, Constant<2>{});
-    if (row.kernel_width == 3) return run(with_tap, std::true_type{}, Constant<3>{});
-    run(with_tap, std::true_type{}, Constant<0>{});
-  };
-  if (argmax.data != nullptr) {
-    run_kernel(std::true_type{});
-  } else {
-    run_kernel(std::false_type{});
-  }
-}
-
 // The parts of a PoolRow that are the same for every row of a problem.
 template <class A>
 struct PoolTables {
@@ -182,18 +144,92 @@ struct PoolTables {
   }
 };
 
-// The window rows of output row y that lie inside of the image.
-struct WindowRows {
+// Rows or columns of a window: [first, last).
+struct WindowRange {
   int64_t first, last;
+  bool operator==(const WindowRange& other) const {
+    return first == other.first && last == other.last;
+  }
 };
 
-CNNK_INLINE WindowRows window_rows(const MaxPool2dProblem& problem, int64_t y) {
-  const int64_t start = y * problem.stride_h - problem.pad_top;
-  if (start >= 0 && start + (problem.kernel_height - 1) * problem.dilation_h < problem.in_height) {
-    return {0, problem.kernel_height};
+// The part of the window that starts at `start` which lies inside of an axis.
+CNNK_INLINE WindowRange window_range(int64_t start, int64_t extent, int64_t kernel,
+                                     int64_t dilation) {
+  const int64_t room = extent - 1 - start;
+  if (start >= 0 && room >= (kernel - 1) * dilation) return {0, kernel};
+  const int64_t first = start < 0 ? ceil_div(-start, dilation) : 0;
+  const int64_t last = room < 0 ? 0 : room / dilation + 1;
+  return {first, std::min(kernel, last)};
+}
+
+CNNK_INLINE WindowRange window_rows(const MaxPool2dProblem& problem, int64_t y) {
+  return window_range(y * problem.stride_h - problem.pad_top, problem.in_height,
+                      problem.kernel_height, problem.dilation_h);
+}
+
+CNNK_INLINE WindowRange window_columns(const MaxPool2dProblem& problem, int64_t x) {
+  return window_range(x * problem.stride_w - problem.pad_left, problem.in_width,
+                      problem.kernel_width, problem.dilation_w);
+}
+
+// Where rows of pooled outputs go: elements of `dtype` and taps, from element
+// `at` on, `step` apart in a row.
+struct PooledOut {
+  DType dtype;
+  void* values;
+  ArgmaxOut argmax;
+  int64_t at, row_stride, step;
+};
+
+// Calls body with x and a number of lanes for vectors that cover [0, width); the
+// last one is moved back to end there.
+template <class A, class Body>
+CNNK_INLINE void for_each_vector(int64_t width, Body&& body) {
+  const int64_t count = std::min<int64_t>(kLanes<A>, width);
+  for (int64_t next = 0; next < width; next += kLanes<A>) {
+    body(std::min(next, width - count), count);
   }
-  const int64_t first = start < 0 ? ceil_div(-start, problem.dilation_h) : 0;
-  const int64_t room = problem.in_height - 1 - start;
-  const int64_t last = room < 0 ? 0 : room / problem.dilation_h + 1;
-  return {first, std::min(problem.kernel_height, last)};
+}
+
+template <bool WithTap, bool Deinterleaves, int Kernel, class A>
+void pool_rows_of(const MaxPool2dProblem& problem, PoolRow<A> row, int64_t y0, int64_t y1,
+                  int64_t row_stride, const PooledOut& out) {
+  for (int64_t y = y0; y < y1; ++y, row.source += row_stride) {
+    const WindowRange rows = window_rows(problem, y);
+    row.first_row = rows.first;
+    row.last_row = rows.last;
+    const int64_t at = out.at + (y - y0) * out.row_stride;
+    for_each_vector<A>(row.width, [&](int64_t x, int64_t count) {
+      const Winner<A> winner = pool_window<WithTap, Deinterleaves, Kernel>(row, x);
+      store_out<A>(out.dtype, out.values, at + x * out.step, winner.value, count, out.step);
+      if constexpr (WithTap) {
+        store_taps<A>(out.argmax, at + x * out.step, winner, count, out.step);
+      }
+    });
+  }
+}
+
+// Pools the output rows [y0, y1): `row` describes the first, and the next one's
+// window begins `row_stride` elements further.
+template <class A>
+void pool_rows(const MaxPool2dProblem& problem, const PoolRow<A>& row, int64_t y0, int64_t y1,
+               int64_t row_stride, const PooledOut& out) {
+  const auto run = [&](auto with_tap, auto deinterleaves, auto kernel) {
+    pool_rows_of<decltype(with_tap)::value, decltype(deinterleaves)::value,
+                 decltype(kernel)::value>(problem, row, y0, y1, row_stride, out);
+  };
+  const auto run_kernel = [&](auto with_tap, auto deinterleaves) {
+    if (row.kernel_width == 2) return run(with_tap, deinterleaves, Constant<2>{});
+    if (row.kernel_width == 3) return run(with_tap, deinterleaves, Constant<3>{});
+    run(with_tap, deinterleaves, Constant<0>{});
+  };
+  const auto run_source = [&](auto with_tap) {
+    if (row.deinterleaves) return run_kernel(with_tap, std::true_type{});
+    run_kernel(with_tap, std::false_type{});
+  };
+  if (out.argmax.data != nullptr) {
+    run_source(std::true_type{});
+  } else {
+    run_source(std::false_type{});
+  }
 }
