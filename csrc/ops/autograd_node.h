@@ -39,14 +39,14 @@ class SavingNode : public torch::autograd::Node {
 
   explicit SavingNode(Arguments arguments) : arguments_(std::move(arguments)) {}
 
-  void save(size_t slot, const at::Tensor& tensor, bool is_output = false) {
-    saved_[slot] = torch::autograd::SavedVariable(tensor, is_output);
-    is_output_[slot] = is_output;
+  void save(size_t slot, const at::Tensor& tensor) {
+    saved_[slot] = torch::autograd::SavedVariable(tensor, is_output_[slot]);
   }
 
   // An output whose history is this node: set before, and not kept, or the node would own itself.
   void save_output(size_t slot, const at::Tensor& output) {
-    save(slot, output, /*is_output=*/true);
+    is_output_[slot] = true;
+    save(slot, output);
   }
 
   std::string name() const override { return Derived::kName; }
