@@ -25,6 +25,7 @@ class Operators(Protocol):
     """
 
     conv2d: Callable[..., Any]
+    conv2d_relu: Callable[..., Any]
     max_pool2d: Callable[..., Any]
     max_pool2d_with_indices: Callable[..., Any]
     conv2d_relu_max_pool2d: Callable[..., Any]

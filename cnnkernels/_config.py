@@ -68,8 +68,8 @@ class Plan(dict[str, Any]):
     ``"aten"`` comes the ``reason``, with a kernel what it makes of the problem: ``isa`` (the
     instruction set), ``vector_lanes``, ``threads``, for convolutions ``flops`` (floating-point
     operations of the call) and ``workspace_bytes``, with ``"amx"`` the ``parts`` (bfloat16 numbers
-    of which an element is the sum), for ``conv2d`` the algorithms of the ``input_gradient`` and the
-    ``weight_gradient``, and how the work is cut.
+    of which an element is the sum), for ``conv2d`` and ``conv2d_relu`` the algorithms of the
+    ``input_gradient`` and the ``weight_gradient``, and how the work is cut.
     """
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from cnnkernels import _registration as _registration  # defines the operators
 
 conv2d = torch.ops.cnnkernels.conv2d
+conv2d_relu = torch.ops.cnnkernels.conv2d_relu
 max_pool2d = torch.ops.cnnkernels.max_pool2d
 max_pool2d_with_indices = torch.ops.cnnkernels.max_pool2d_with_indices
 

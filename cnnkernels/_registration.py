@@ -45,6 +45,8 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         f"({_CONV_PADDING}) -> Tensor",
         fallback.conv2d_padding,
     ),
+    "conv2d_relu": (f"({_CONV}) -> Tensor", fallback.conv2d_relu),
+    "conv2d_relu.padding": (f"({_CONV_PADDING}) -> Tensor", fallback.conv2d_relu_padding),
     "conv2d_backward": (
         f"(Tensor grad_output, Tensor input, Tensor weight, {_CONV_GEOMETRY}, "
         "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
@@ -118,6 +120,7 @@ def _complete() -> None:
     ops = torch.ops.cnnkernels
     for name, rule in {
         "conv2d": _vmap.conv_rule(ops.conv2d, images=(0,)),
+        "conv2d_relu": _vmap.conv_rule(ops.conv2d_relu, images=(0,)),
         "conv2d_backward": _vmap.conv_backward_rule(ops.conv2d_backward, images=(0, 1)),
         "max_pool2d": _vmap.pool_rule(ops.max_pool2d, images=(0,)),
         "max_pool2d_with_indices": _vmap.pool_rule(ops.max_pool2d_with_indices, images=(0,)),

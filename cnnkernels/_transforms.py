@@ -16,6 +16,7 @@ from cnnkernels import _native, fallback
 from cnnkernels._shapes import resolve_padding
 from cnnkernels.autograd import (
     Conv2dFunction,
+    Conv2dReLUFunction,
     Conv2dReLUMaxPool2dFunction,
     MaxPool2dArgmaxFunction,
     MaxPool2dFunction,
@@ -59,6 +60,20 @@ def conv2d(
     input, weight, bias = _autocast(input, weight, bias)
     input, padding = resolve_padding(input, weight, stride, padding, dilation)
     return Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    input, weight, bias = _autocast(input, weight, bias)
+    input, padding = resolve_padding(input, weight, stride, padding, dilation)
+    return Conv2dReLUFunction.apply(input, weight, bias, stride, padding, dilation, groups)
 
 
 def max_pool2d(

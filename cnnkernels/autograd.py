@@ -117,6 +117,68 @@ def _conv2d_jvp(
     )
 
 
+class Conv2dReLUFunction(Function):
+    """2-D convolution and ReLU as one operator.
+
+    ``Conv2dReLUFunction.apply(input, weight, bias=None, stride=1, padding=0, dilation=1,
+    groups=1)`` computes :func:`cnnkernels.functional.conv2d_relu`; padding is in numbers here, not
+    ``"same"``.
+    """
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size2 = 1,
+        padding: Size2 = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """The ReLU's output."""
+        return _ops.conv2d_relu.default(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps the input, the weight and the output, which tells what the ReLU clipped."""
+        input, weight, _, *geometry = inputs
+        ctx.save_for_backward(input, weight, output)
+        ctx.save_for_forward(input, weight, output)
+        ctx.geometry = tuple(geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias, as far as they are needed."""
+        input, weight, output = ctx.saved_tensors
+        grads = _conv2d_backward(
+            _relu_derivative(grad_output, output),
+            input,
+            weight,
+            ctx.geometry,
+            ctx.needs_input_grad[:3],
+        )
+        return *grads, None, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None
+    ) -> Tensor | None:
+        """The tangent of the output."""
+        input, weight, output = ctx.saved_tensors
+        conv_t = _conv2d_jvp(input, weight, ctx.geometry, input_t, weight_t, bias_t)
+        return None if conv_t is None else _relu_derivative(conv_t, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """Folds into the minibatch where only the input is batched; otherwise loops."""
+        return _vmap.conv_rule(Conv2dReLUFunction.apply, images=(0,))(info, in_dims, *args)
+
+
+def _relu_derivative(change: Tensor, output: Tensor) -> Tensor:
+    """The gradient or tangent where the ReLU clipped nothing, 0 elsewhere; its own adjoint."""
+    return torch.ops.aten.threshold_backward(change, output, 0)
+
+
 class Conv2dBackwardFunction(Function):
     """The gradients of a 2-D convolution, themselves differentiable.
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from cnnkernels import functional
-from cnnkernels.nn import Conv2d, Conv2dReLUMaxPool2d, MaxPool2d
+from cnnkernels.nn import Conv2d, Conv2dReLU, Conv2dReLUMaxPool2d, MaxPool2d
 
 __all__ = ["patch", "replace_modules"]
 
@@ -35,16 +35,17 @@ def replace_modules(model: Model, fuse: bool = True) -> Model:
     With fuse, a convolution, a ReLU and a max pooling that follow one another in a
     :class:`torch.nn.Sequential` become one :class:`cnnkernels.nn.Conv2dReLUMaxPool2d` in the
     convolution's place and :class:`torch.nn.Identity` in the other two, so that indices and
-    ``state_dict`` keys do not move. The three stay apart where someone could tell: hooks on any of
-    them, a pooling that returns indices, a convolution or pooling that is also used elsewhere in
-    the model, and a Sequential whose ``forward`` is not torch's. Code that runs a Sequential's
-    layers one at a time and looks at what is in between needs ``fuse=False``.
+    ``state_dict`` keys do not move. A convolution and a ReLU without such a pooling become a
+    :class:`cnnkernels.nn.Conv2dReLU` in the same way. Modules stay apart where someone could tell:
+    hooks on any of them, a pooling that returns indices, a convolution or pooling that is also used
+    elsewhere in the model, and a Sequential whose ``forward`` is not torch's. Code that runs a
+    Sequential's layers one at a time and looks at what is in between needs ``fuse=False``.
 
     Calling it again changes nothing.
 
     Args:
         model: any module; it may itself be a convolution, a pooling or a Sequential.
-        fuse: whether to join convolution, ReLU and pooling.
+        fuse: whether to join convolution and ReLU, and pooling.
 
     Returns:
         The model that was passed in.
@@ -107,20 +108,28 @@ def _fuse_sequential(
     sequential: torch.nn.Sequential, uses: Counter[torch.nn.Module | None]
 ) -> None:
     names = list(sequential._modules)
-    for conv_name, relu_name, pool_name in zip(names, names[1:], names[2:], strict=False):
+    # Nothing comes after the last two: the last stands for it, which is no pooling if it is a ReLU.
+    following = [*names[2:], *names[-1:]]
+    for conv_name, relu_name, pool_name in zip(names, names[1:], following, strict=False):
         conv, relu, pool = (sequential._modules[name] for name in (conv_name, relu_name, pool_name))
         if _plain_class(conv) is not Conv2d or type(relu) is not torch.nn.ReLU:
             continue
-        if type(pool) is not MaxPool2d or pool.return_indices:
+        if _is_customised(conv) or _is_customised(relu) or uses[conv] > 1:
             continue
-        if any(map(_is_customised, (conv, relu, pool))) or uses[conv] > 1 or uses[pool] > 1:
-            continue
-        _set_plain_class(conv, Conv2dReLUMaxPool2d)
-        cast(Conv2dReLUMaxPool2d, conv).set_pool(
-            pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
-        )
-        for name, replaced in ((relu_name, relu), (pool_name, pool)):
-            sequential._modules[name] = torch.nn.Identity().train(replaced.training)
+        replaced = [relu_name]
+        if type(pool) is not MaxPool2d or (
+            pool.return_indices or _is_customised(pool) or uses[pool] > 1
+        ):
+            _set_plain_class(conv, Conv2dReLU)
+        else:
+            _set_plain_class(conv, Conv2dReLUMaxPool2d)
+            cast(Conv2dReLUMaxPool2d, conv).set_pool(
+                pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+            )
+            replaced.append(pool_name)
+        for name in replaced:
+            training = sequential._modules[name].training
+            sequential._modules[name] = torch.nn.Identity().train(training)
 
 
 # What a torch function mode is shown for each way to call torch's operators.

@@ -46,6 +46,32 @@ def conv2d_padding(
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution and ReLU, one after the other."""
+    return F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+
+
+def conv2d_relu_padding(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: str = "valid",
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution with the padding given by name, and ReLU."""
+    return conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+
+
 def conv2d_backward(
     grad_output: Tensor,
     input: Tensor,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     # TorchScript knows this name, and spreads an int over a list of that length.
     from torch._jit_internal import BroadcastingList2  # type: ignore[attr-defined]
 
-__all__ = ["conv2d", "conv2d_relu_max_pool2d", "max_pool2d"]
+__all__ = ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "max_pool2d"]
 
 
 def conv2d(
@@ -76,6 +76,52 @@ def conv2d(
             groups=groups,
         )
     return _backend.current().conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(input, ...))`` as one operator.
+
+    What the ReLU clips is never stored, and the result is written once. Values and gradients are
+    those of the two calls: NaN passes, and so does its gradient.
+
+    Args:
+        input: images, shaped (N, C_in, H, W) or (C_in, H, W).
+        weight: filters, shaped (C_out, C_in / groups, kH, kW), of input's dtype.
+        bias: shaped (C_out,), or None.
+        stride: the convolution's, as in :func:`conv2d`.
+        padding: a number or ``"same"`` or ``"valid"``, as in :func:`conv2d`.
+        dilation: the convolution's.
+        groups: the convolution's.
+
+    Returns:
+        A tensor shaped as :func:`conv2d`'s. It is kept for the backward pass: as after
+        :func:`torch.relu`, changing it in place before is an error there.
+
+    Raises:
+        RuntimeError: shapes, dtypes or geometry that do not fit together.
+        TypeError: arguments of the wrong type.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv2d_relu,
+            (input, weight, bias),
+            input,
+            weight,
+            bias=bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+    return _backend.current().conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
 
 
 def max_pool2d(
@@ -241,6 +287,7 @@ def _register_with_torchscript() -> None:
     from torch.jit._builtins import _register_builtin
 
     _register_builtin(conv2d, "cnnkernels::conv2d")
+    _register_builtin(conv2d_relu, "cnnkernels::conv2d_relu")
     _register_builtin(conv2d_relu_max_pool2d, "cnnkernels::conv2d_relu_max_pool2d")
     dispatch: dict[str, Any] = {
         "if_true": _script_max_pool2d_with_indices,

@@ -11,7 +11,7 @@ from torch.nn.common_types import _size_2_t
 
 from cnnkernels import functional
 
-__all__ = ["Conv2d", "Conv2dReLUMaxPool2d", "MaxPool2d"]
+__all__ = ["Conv2d", "Conv2dReLU", "Conv2dReLUMaxPool2d", "MaxPool2d"]
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -28,6 +28,27 @@ class Conv2d(torch.nn.Conv2d):
                 padded, weight, bias, self.stride, 0, self.dilation, self.groups
             )
         return functional.conv2d(
+            input, weight, bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class Conv2dReLU(Conv2d):
+    """A convolution and a ReLU in one operator: :func:`cnnkernels.functional.conv2d_relu`.
+
+    It has the arguments, the parameters and the ``state_dict`` of a :class:`torch.nn.Conv2d` and
+    computes ``ReLU(Conv2d(input))``.
+
+    >>> Conv2dReLU(3, 8, kernel_size=3, padding=1)(torch.zeros(4, 3, 32, 32)).shape
+    torch.Size([4, 8, 32, 32])
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros":
+            padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return functional.conv2d_relu(
+                padded, weight, bias, self.stride, 0, self.dilation, self.groups
+            )
+        return functional.conv2d_relu(
             input, weight, bias, self.stride, self.padding, self.dilation, self.groups
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import cnnkernels
 from cnnkernels import _backend, _transforms, functional
 from cnnkernels.autograd import (
     Conv2dFunction,
+    Conv2dReLUFunction,
     Conv2dReLUMaxPool2dFunction,
     MaxPool2dFunction,
 )
@@ -42,6 +44,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...
         lambda x, w: Conv2dFunction.apply(x, w, None, 1, 1),
         lambda: (random(2, 3, 3), random(2, 2, 2, 2)),
     ),
+    "conv2d_relu": (
+        lambda x, w, b: Conv2dReLUFunction.apply(x, w, b, 2, (1, 0), (1, 2), 2),
+        lambda: (random(2, 2, 3, 4), random(2, 1, 2, 2), random(2)),
+    ),
+    "conv2d_relu unbatched": (
+        lambda x, w: Conv2dReLUFunction.apply(x, w, None, 1, 1),
+        lambda: (random(2, 3, 3), random(2, 2, 2, 2)),
+    ),
     "max_pool2d": (
         lambda x: MaxPool2dFunction.apply(x, (3, 2), 2, 1, 1, True),
         lambda: (distinct(2, 1, 4, 5),),
@@ -60,6 +70,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...
     ),
     "functional conv2d": (
         lambda x, w, b: functional.conv2d(x, w, b, 1, "same"),
+        lambda: (random(1, 2, 3, 3), random(2, 2, 2, 3), random(2)),
+    ),
+    "functional conv2d_relu": (
+        lambda x, w, b: functional.conv2d_relu(x, w, b, 1, "same"),
         lambda: (random(1, 2, 3, 3), random(2, 2, 2, 3), random(2)),
     ),
     "functional max_pool2d": (
@@ -92,6 +106,9 @@ def test_functions_take_defaults_and_names() -> None:
     input, weight = random(1, 2, 6, 6), random(3, 2, 3, 3)
     torch.testing.assert_close(Conv2dFunction.apply(input, weight), F.conv2d(input, weight))
     torch.testing.assert_close(
+        Conv2dReLUFunction.apply(input, weight, stride=2), F.relu(F.conv2d(input, weight, stride=2))
+    )
+    torch.testing.assert_close(
         MaxPool2dFunction.apply(input, kernel_size=3), F.max_pool2d(input, 3)
     )
     torch.testing.assert_close(
@@ -104,6 +121,8 @@ def test_functions_run_the_kernels() -> None:
     input, weight = random(1, 2, 6, 6), random(3, 2, 3, 3)
     with runs_kernel("conv2d", "conv2d_backward"):
         Conv2dFunction.apply(input, weight).sum().backward()
+    with runs_kernel("conv2d_relu", "conv2d_backward"):
+        Conv2dReLUFunction.apply(input, weight).sum().backward()
     with runs_kernel("max_pool2d", "max_pool2d_backward"):
         MaxPool2dFunction.apply(input, 2).sum().backward()
     with runs_kernel("conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"):
@@ -118,6 +137,11 @@ def test_what_relu_clips_has_no_gradient_and_nan_has() -> None:
     Conv2dReLUMaxPool2dFunction.apply(ours, weight).sum().backward()
     F.max_pool2d(F.relu(F.conv2d(theirs, weight)), 2).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+    for conv2d_relu in (functional.conv2d_relu, Conv2dReLUFunction.apply):
+        ours, theirs = input.clone().requires_grad_(), input.clone().requires_grad_()
+        conv2d_relu(ours, weight).sum().backward()
+        F.relu(F.conv2d(theirs, weight)).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.fixture(params=[*BACKENDS, "functions"])
@@ -132,19 +156,26 @@ def _operators(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # One network, written on either set of functions.
-def _network(conv2d: Any, max_pool2d: Any, block: Any) -> Callable[..., Tensor]:
+def _network(conv2d: Any, conv2d_relu: Any, max_pool2d: Any, block: Any) -> Callable[..., Tensor]:
     def network(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         hidden = conv2d(input, weight, bias, padding="same")
         # Smooth, so that second derivatives are not all zero.
+        hidden = conv2d_relu(torch.tanh(hidden), weight, bias, padding="same")
         hidden = block(torch.tanh(hidden), weight, bias, padding=1)
         return (max_pool2d(hidden, 2, 1) ** 2).sum()
 
     return network
 
 
-OURS = _network(functional.conv2d, functional.max_pool2d, functional.conv2d_relu_max_pool2d)
+OURS = _network(
+    functional.conv2d,
+    functional.conv2d_relu,
+    functional.max_pool2d,
+    functional.conv2d_relu_max_pool2d,
+)
 THEIRS = _network(
     F.conv2d,
+    lambda *args, **kwargs: F.relu(F.conv2d(*args, **kwargs)),
     F.max_pool2d,
     lambda *args, **kwargs: F.max_pool2d(F.relu(F.conv2d(*args, **kwargs)), 2),
 )
@@ -197,6 +228,9 @@ def test_vmap_over_single_images_and_nothing() -> None:
     images, weight = torch.randn(3, 2, 6, 6), torch.randn(4, 2, 3, 3)
     torch.testing.assert_close(
         vmap(functional.conv2d, (0, None))(images, weight), F.conv2d(images, weight)
+    )
+    torch.testing.assert_close(
+        vmap(functional.conv2d_relu, (0, None))(images, weight), F.relu(F.conv2d(images, weight))
     )
     pooled, indices = vmap(lambda x: functional.max_pool2d(x, 2, return_indices=True))(images)
     torch.testing.assert_close((pooled, indices), F.max_pool2d(images, 2, return_indices=True))
@@ -255,24 +289,68 @@ def test_double_backward_where_some_are_frozen(trained: str) -> None:
     for call in (
         functional.conv2d_relu_max_pool2d,
         lambda *t: F.max_pool2d(F.relu(functional.conv2d(*t)), 2),
+        lambda *t: F.max_pool2d(functional.conv2d_relu(*t), 2),
         lambda *t: F.max_pool2d(F.relu(F.conv2d(*t)), 2),
     ):
         loss = call(*tensors.values()).square().sum()
         grads = torch.autograd.grad(loss, wanted, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), wanted))
-    torch.testing.assert_close(results[0], results[2])
-    torch.testing.assert_close(results[1], results[2])
+    torch.testing.assert_close(results[0], results[3])
+    torch.testing.assert_close(results[1], results[3])
+    torch.testing.assert_close(results[2], results[3])
 
 
 @pytest.mark.usefixtures("backend")
 def test_input_changed_in_place_before_backward_is_an_error() -> None:
     input, weight = random(1, 2, 6, 6), random(3, 2, 3, 3)
-    for call in (functional.conv2d, functional.conv2d_relu_max_pool2d):
+    for call in (functional.conv2d, functional.conv2d_relu, functional.conv2d_relu_max_pool2d):
         copy = input * 1
         output = call(copy, weight)
         copy.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
+
+
+@pytest.mark.usefixtures("backend")
+def test_an_output_of_relu_changed_in_place_before_backward_is_an_error() -> None:
+    """As torch.relu's: it tells what was clipped."""
+    input, weight = random(1, 2, 6, 6), random(3, 2, 3, 3)
+    for image in (input, input[0]):
+        output = functional.conv2d_relu(image, weight)
+        output.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+def test_an_output_of_relu_is_freed_with_its_graph() -> None:
+    """A node that kept its own output with its history would never be."""
+
+    class Witness:
+        pass
+
+    output, witness = functional.conv2d_relu(random(1, 2, 6, 6), random(3, 2, 3, 3)), Witness()
+    assert output.grad_fn is not None
+    output.grad_fn.metadata["witness"] = witness
+    lives = weakref.ref(witness)
+    del output, witness
+    assert lives() is None
+
+
+@pytest.mark.usefixtures("backend")
+def test_saved_tensor_hooks_see_the_output_of_relu() -> None:
+    input, weight = random(1, 2, 6, 6), random(3, 2, 3, 3)
+    expected = torch.autograd.grad(F.relu(F.conv2d(input, weight)).square().sum(), (input, weight))
+    packed: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor.shape)
+        return tensor.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = functional.conv2d_relu(input, weight)
+    assert output.shape in packed
+    grads = torch.autograd.grad(output.square().sum(), (input, weight))
+    torch.testing.assert_close(grads, expected)
 
 
 @pytest.mark.usefixtures("backend")
@@ -323,6 +401,12 @@ def test_operators_pass_opcheck() -> None:
         (ops.conv2d.default, (input, weight, bias), {"padding": [1]}),
         (ops.conv2d.padding, (input, weight, bias), {"padding": "same"}),
         (ops.conv2d.default, (channels_last, filters), {}),
+        (ops.conv2d_relu.default, (input, weight, bias), {"padding": [1]}),
+        (ops.conv2d_relu.padding, (input, weight, bias), {"padding": "same"}),
+        (ops.conv2d_relu.default, (channels_last, filters), {}),
+        (ops.conv2d_relu.default, (channels_last, filters[:1]), {}),
+        (ops.conv2d_relu.default, (channels_last[:0], filters), {}),
+        (ops.conv2d_relu.default, (channels_last[0], filters), {}),
         (ops.conv2d_backward.default, (grad, channels_last, filters, *conv, every), {}),
         (ops.conv2d_backward.default, (grad.double(), input, weight, *conv, some), {}),
         (ops.max_pool2d.default, (input, [2]), {}),
@@ -353,7 +437,7 @@ def test_compiled_autograd_takes_nodes_of_one_kind_and_other_sizes() -> None:
 
     def gradient(size: int) -> Tensor:
         image = torch.ones(size, 2, 12, 12)
-        hidden = functional.conv2d(functional.conv2d(image, weight), weight)
+        hidden = functional.conv2d_relu(functional.conv2d(image, weight), weight)
         hidden = functional.conv2d_relu_max_pool2d(hidden, weight)
         block = functional.conv2d_relu_max_pool2d(hidden, weight, padding=1)
         return torch.autograd.grad(block.sum(), weight)[0]
@@ -370,7 +454,7 @@ def test_a_tangent_of_the_bias_is_not_lost() -> None:
     weight, bias = torch.randn(2, 1, 3, 3), torch.randn(2)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(bias, torch.ones(2))
-        for operator in (ops.conv2d, ops.conv2d_relu_max_pool2d):
+        for operator in (ops.conv2d, ops.conv2d_relu, ops.conv2d_relu_max_pool2d):
             with pytest.raises(NotImplementedError, match="forward-mode"):
                 operator(image, weight, dual)
 
@@ -379,6 +463,7 @@ def test_a_second_backward_finds_nothing_saved(backend: str) -> None:
     image, weight = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3, requires_grad=True)
     for output in (
         functional.conv2d(image, weight),
+        functional.conv2d_relu(image, weight),
         functional.max_pool2d(weight, 2),
         functional.conv2d_relu_max_pool2d(image, weight),
     ):
@@ -410,6 +495,8 @@ def test_functionalize(backend: str) -> None:
     image, weight = torch.randn(1, 1, 8, 8), torch.randn(2, 1, 3, 3)
     output = torch.func.functionalize(functional.conv2d)(image, weight)
     torch.testing.assert_close(output, F.conv2d(image, weight))
+    output = torch.func.functionalize(functional.conv2d_relu)(image, weight)
+    torch.testing.assert_close(output, F.relu(F.conv2d(image, weight)))
     assert torch.func.functionalize(functional.max_pool2d)(image, 2).shape == (1, 1, 4, 4)
 
 

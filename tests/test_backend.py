@@ -162,6 +162,8 @@ def test_explain() -> None:
         (explain(functional.max_pool2d, IMAGE, 2), "max_pool2d"),
         (explain(nn.MaxPool2d(2, return_indices=True), IMAGE), "max_pool2d_with_indices"),
         (explain(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), IMAGE), "conv2d"),
+        (explain(functional.conv2d_relu, IMAGE, WEIGHT, padding="same"), "conv2d_relu"),
+        (explain(nn.Conv2dReLU(2, 3, 3), IMAGE), "conv2d_relu"),
         (explain(nn.Conv2dReLUMaxPool2d(2, 3, 3), IMAGE), "conv2d_relu_max_pool2d"),
     ):
         assert plan["operator"] == operator
@@ -171,6 +173,8 @@ def test_explain() -> None:
     complex_plan = explain(functional.conv2d, IMAGE.cfloat(), WEIGHT.cfloat())
     assert complex_plan["algorithm"] == "aten"
     assert complex_plan["reason"]
+    ints = IMAGE.long(), WEIGHT.long()
+    assert explain(functional.conv2d_relu, *ints)["algorithm"] == "aten"
 
 
 def test_explain_wants_one_operator() -> None:

@@ -39,6 +39,7 @@ def classes(model: torch.nn.Module) -> list[str]:
 
 FUSED = ["Conv2dReLUMaxPool2d", "Identity", "Identity"]
 APART = ["Conv2d", "ReLU", "MaxPool2d"]
+WITHOUT_POOL = ["Conv2dReLU", "Identity", "MaxPool2d"]
 INPUT = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
@@ -59,6 +60,78 @@ def test_fuses_and_changes_nothing_else() -> None:
         assert_computes(model, expected)
     before = repr(model)
     assert repr(replace_modules(model)) == before
+
+
+HOOKS: dict[str, Callable[[torch.nn.Module, list[Any]], Any]] = {
+    "forward": lambda m, calls: m.register_forward_hook(lambda *_: calls.append(1)),
+    "forward_pre": lambda m, calls: m.register_forward_pre_hook(lambda *_: calls.append(1)),
+    "backward": lambda m, calls: m.register_full_backward_hook(lambda *_: calls.append(1)),
+    "backward_pre": lambda m, calls: m.register_full_backward_pre_hook(lambda *_: calls.append(1)),
+}
+
+
+def chain() -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1),
+        torch.nn.ReLU(inplace=True),
+        torch.nn.Conv2d(4, 4, 3, padding="same", groups=2),
+        torch.nn.ReLU(),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.Conv2d(4, 2, 3, stride=2),
+        torch.nn.BatchNorm2d(2),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(2, 2, 1, padding_mode="reflect"),
+        torch.nn.ReLU().eval(),
+    )
+
+
+def test_fuses_a_convolution_and_a_relu_without_a_pool() -> None:
+    model = chain()
+    expected, state = model(INPUT), copy.deepcopy(model.state_dict())
+    parameters, conv, relu = list(model.parameters()), model[0], model[1]
+    replace_modules(model)
+    pair = ["Conv2dReLU", "Identity"]
+    assert classes(model) == [*pair, *pair, "BatchNorm2d", "Conv2d", "BatchNorm2d", "ReLU", *pair]
+    assert model[0] is conv
+    assert [module.training for module in model] == [True] * 9 + [False]
+    assert relu is not model[1]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    model.load_state_dict(state)
+    with runs_kernel("conv2d_relu"):
+        assert_computes(model, expected)
+    before = repr(model)
+    assert repr(replace_modules(model)) == before
+
+
+def test_a_convolution_and_a_relu_without_a_pool_train_as_before() -> None:
+    ours, theirs = chain(), chain()
+    theirs.load_state_dict(ours.state_dict())
+    replace_modules(ours)
+    for model in (ours, theirs):
+        model(INPUT).square().sum().backward()
+    torch.testing.assert_close(
+        [p.grad for p in ours.parameters()],
+        [p.grad for p in theirs.parameters()],
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("kind", [*HOOKS, "own forward", "used twice"])
+def test_convolution_and_relu_stay_apart_where_someone_could_tell(kind: str, index: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3), torch.nn.ReLU())
+    if kind == "own forward":
+        plain = model[index].forward
+        model[index].forward = lambda input: -plain(input)  # type: ignore[method-assign]
+    elif kind == "used twice":
+        model.append(model[0])  # a ReLU has no state that its uses could share
+    else:
+        HOOKS[kind](model[index], [])
+    expected = model(INPUT)
+    assert classes(replace_modules(model))[:2] == ["Conv2d", "ReLU"]
+    assert_computes(model, expected)
 
 
 def test_without_fusing() -> None:
@@ -114,14 +187,6 @@ def test_subclasses_stay() -> None:
     assert list(map(type, replace_modules(model))) == [MyConv, torch.nn.ConvTranspose2d]
 
 
-HOOKS: dict[str, Callable[[torch.nn.Module, list[Any]], Any]] = {
-    "forward": lambda m, calls: m.register_forward_hook(lambda *_: calls.append(1)),
-    "forward_pre": lambda m, calls: m.register_forward_pre_hook(lambda *_: calls.append(1)),
-    "backward": lambda m, calls: m.register_full_backward_hook(lambda *_: calls.append(1)),
-    "backward_pre": lambda m, calls: m.register_full_backward_pre_hook(lambda *_: calls.append(1)),
-}
-
-
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_still_run(index: int, kind: str) -> None:
@@ -129,7 +194,7 @@ def test_hooks_still_run(index: int, kind: str) -> None:
     expected, calls = model(INPUT), []
     HOOKS[kind](model[index], calls)
     replace_modules(model)
-    assert classes(model) == APART
+    assert classes(model) == (WITHOUT_POOL if index == 2 else APART)
     output = model(INPUT)
     output.sum().backward()
     assert calls == [1]
@@ -138,7 +203,7 @@ def test_hooks_still_run(index: int, kind: str) -> None:
 
 def test_not_fused_where_someone_could_tell() -> None:
     indices = torch.nn.Sequential(*list(sequential(return_indices=True))[:3])
-    assert classes(replace_modules(indices)) == APART
+    assert classes(replace_modules(indices)) == WITHOUT_POOL
     assert len(indices(INPUT)) == 2
 
     conv = torch.nn.Conv2d(1, 1, 3, padding=1)
@@ -149,7 +214,7 @@ def test_not_fused_where_someone_could_tell() -> None:
 
     pool = torch.nn.MaxPool2d(2)
     pools = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3), torch.nn.ReLU(), pool, pool)
-    assert classes(replace_modules(pools)) == [*APART, *APART[2:]]
+    assert classes(replace_modules(pools)) == [*WITHOUT_POOL, "MaxPool2d"]
 
     class Reversed(torch.nn.Sequential):
         def forward(self, input: Tensor) -> Tensor:

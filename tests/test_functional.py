@@ -54,6 +54,10 @@ def conv_arguments(
     return input, weight, torch.randn(weight_size[0], dtype=torch.float64)
 
 
+def torch_conv2d_relu(*args: Any, **kwargs: Any) -> Tensor:
+    return F.relu(F.conv2d(*args, **kwargs))
+
+
 def torch_block(input: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
     pool = {name.removeprefix("pool_"): value for name, value in kwargs.items() if "pool_" in name}
     conv = {name: value for name, value in kwargs.items() if "pool_" not in name}
@@ -77,16 +81,17 @@ def assert_same_call(ours: Any, theirs: Any, tensors: tuple[Tensor | None, ...])
 
 def test_signatures_are_those_of_torch() -> None:
     """Those of torch are builtins or dispatchers: their documented signatures count."""
-    conv = inspect.signature(functional.conv2d).parameters
-    assert {name: p.default for name, p in conv.items()} == {
-        "input": inspect.Parameter.empty,
-        "weight": inspect.Parameter.empty,
-        "bias": None,
-        "stride": 1,
-        "padding": 0,
-        "dilation": 1,
-        "groups": 1,
-    }
+    for function in (functional.conv2d, functional.conv2d_relu):
+        conv = inspect.signature(function).parameters
+        assert {name: p.default for name, p in conv.items()} == {
+            "input": inspect.Parameter.empty,
+            "weight": inspect.Parameter.empty,
+            "bias": None,
+            "stride": 1,
+            "padding": 0,
+            "dilation": 1,
+            "groups": 1,
+        }
     theirs = inspect.signature(F.max_pool2d_with_indices).parameters
     ours = inspect.signature(functional.max_pool2d).parameters
     assert list(ours) == list(theirs)
@@ -96,7 +101,14 @@ def test_signatures_are_those_of_torch() -> None:
 @pytest.mark.parametrize(("input_size", "weight_size", "kwargs"), CONVOLUTIONS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(functional.conv2d, F.conv2d), (functional.conv2d_relu, torch_conv2d_relu)],
+    ids=["conv2d", "conv2d_relu"],
+)
 def test_conv2d(
+    ours: Any,
+    theirs: Any,
     input_size: tuple[int, ...],
     weight_size: tuple[int, ...],
     kwargs: dict[str, Any],
@@ -105,8 +117,8 @@ def test_conv2d(
 ) -> None:
     input, weight, bias = conv_arguments(input_size, weight_size, memory_format)
     assert_same_call(
-        lambda *t: functional.conv2d(*t, **kwargs),
-        lambda *t: F.conv2d(*t, **kwargs),
+        lambda *t: ours(*t, **kwargs),
+        lambda *t: theirs(*t, **kwargs),
         (input, weight, bias if with_bias else None),
     )
 
@@ -114,14 +126,36 @@ def test_conv2d(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "functions",
+    [(functional.conv2d, F.conv2d), (functional.conv2d_relu, torch_conv2d_relu)],
+    ids=["conv2d", "conv2d_relu"],
+)
+@pytest.mark.parametrize(
+    ("input_size", "weight_size"),
+    [
+        ((2, 3, 9, 8), (4, 3, 3, 3)),
+        ((2, 3, 9, 8), (1, 3, 3, 3)),
+        ((2, 3, 3, 3), (4, 3, 3, 3)),
+        ((3, 9, 8), (4, 3, 3, 3)),
+    ],
+    ids=str,
+)
 def test_conv2d_memory_formats(
-    dtype: torch.dtype, input_format: torch.memory_format, weight_format: torch.memory_format
+    functions: tuple[Any, Any],
+    input_size: tuple[int, ...],
+    weight_size: tuple[int, ...],
+    dtype: torch.dtype,
+    input_format: torch.memory_format,
+    weight_format: torch.memory_format,
 ) -> None:
     """Those of the output and of the gradients, whichever of the two asks for channels_last."""
+    if len(input_size) == 3:
+        input_format = torch.contiguous_format
     strides = []
-    for function in (functional.conv2d, F.conv2d):
-        input = torch.randn(2, 3, 9, 8, dtype=dtype).to(memory_format=input_format)
-        weight = torch.randn(4, 3, 3, 3, dtype=dtype).to(memory_format=weight_format)
+    for function in functions:
+        input = torch.randn(input_size, dtype=dtype).to(memory_format=input_format)
+        weight = torch.randn(weight_size, dtype=dtype).to(memory_format=weight_format)
         output = function(input.requires_grad_(), weight.requires_grad_())
         grads = torch.autograd.grad(output.sum(), (input, weight))
         strides.append([tensor.stride() for tensor in (output, *grads)])
@@ -191,13 +225,17 @@ def test_kernels_run(dtype: torch.dtype) -> None:
     with runs_kernel("conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"):
         block = functional.conv2d_relu_max_pool2d(input, weight)
         block.sum().backward()
-    assert output.dtype is block.dtype is dtype
+    with runs_kernel("conv2d_relu", "conv2d_backward"):
+        clipped = functional.conv2d_relu(input, weight)
+        clipped.sum().backward()
+    assert output.dtype is block.dtype is clipped.dtype is dtype
     expected = F.max_pool2d(F.conv2d(input.double(), weight.double()), 2).to(dtype)
     tolerance = (
         {"rtol": 2e-2, "atol": 5e-2} if dtype != torch.float32 else {"rtol": 1e-4, "atol": 1e-5}
     )
     torch.testing.assert_close(output, expected, **tolerance)
     torch.testing.assert_close(block, F.relu(expected), **tolerance)
+    torch.testing.assert_close(F.max_pool2d(clipped, 2), F.relu(expected), **tolerance)
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:
@@ -207,7 +245,11 @@ def test_only_the_gradients_that_are_asked_for() -> None:
             t.clone().requires_grad_(want)
             for t, want in zip((input, weight, bias), wanted, strict=True)
         ]
-        for function in (functional.conv2d, functional.conv2d_relu_max_pool2d):
+        for function in (
+            functional.conv2d,
+            functional.conv2d_relu,
+            functional.conv2d_relu_max_pool2d,
+        ):
             function(*tensors).sum().backward()
         assert [t.grad is not None for t in tensors] == wanted
 
@@ -217,6 +259,9 @@ def test_complex_and_integer_go_to_torch() -> None:
     torch.testing.assert_close(functional.conv2d(input, weight), F.conv2d(input, weight))
     ints, int_weight = torch.arange(36).view(1, 1, 6, 6), torch.ones(1, 1, 2, 2, dtype=torch.long)
     torch.testing.assert_close(functional.conv2d(ints, int_weight), F.conv2d(ints, int_weight))
+    torch.testing.assert_close(
+        functional.conv2d_relu(ints - 20, int_weight), torch_conv2d_relu(ints - 20, int_weight)
+    )
     torch.testing.assert_close(functional.max_pool2d(ints, 2), F.max_pool2d(ints, 2))
 
 
@@ -225,11 +270,13 @@ def test_autocast() -> None:
     weight = torch.randn(3, 2, 3, 3, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = functional.conv2d(input, weight)
+        clipped = functional.conv2d_relu(input, weight)
         block = functional.conv2d_relu_max_pool2d(input, weight)
         pooled = functional.max_pool2d(input, 2)
-    assert output.dtype is block.dtype is torch.bfloat16
+    assert output.dtype is clipped.dtype is block.dtype is torch.bfloat16
+    assert torch.equal(clipped, output.relu())
     assert pooled.dtype is torch.float32
-    (output.float().sum() + block.float().sum()).backward()
+    (output.float().sum() + clipped.float().sum() + block.float().sum()).backward()
     assert input.grad is not None
     assert input.grad.dtype is torch.float32
 
@@ -294,6 +341,7 @@ def test_a_stride_that_is_never_taken_may_be_huge(huge: int) -> None:
     output = functional.conv2d(image, weight, None, huge)
     torch.testing.assert_close(output, F.conv2d(image, weight, None, huge))
     output.sum().backward()
+    assert functional.conv2d_relu(image, weight, None, huge).shape == (1, 2, 1, 1)
     block = functional.conv2d_relu_max_pool2d(image, weight, stride=huge, pool_kernel_size=1)
     assert block.shape == (1, 2, 1, 1)
 
@@ -303,22 +351,30 @@ def test_sizes_that_overflow_are_refused(backend: str, kwargs: dict[str, int]) -
     if backend == "torch" and "dilation" in kwargs:
         pytest.skip("torch's own size overflows here, and it returns a tensor")
     image, weight = _image(1, 3, 5, 5), _image(2, 3, 3, 3)
-    for function in (functional.conv2d, functional.conv2d_relu_max_pool2d):
+    for function in (
+        functional.conv2d,
+        functional.conv2d_relu,
+        functional.conv2d_relu_max_pool2d,
+    ):
         with pytest.raises(RuntimeError):
             function(image, weight, **kwargs)
 
 
 def test_a_border_that_dwarfs_the_image_is_left_to_aten() -> None:
-    image, weight = _image(1, 3, 5, 5).requires_grad_(), _image(2, 3, 3, 3)
-    kwargs = {"stride": 1000, "padding": 2000, "dilation": 1500}
-    if is_native_available():
-        assert explain(functional.conv2d, image, weight, **kwargs)["algorithm"] == "aten"
-    output = functional.conv2d(image, weight, **kwargs)
-    expected = F.conv2d(image, weight, **kwargs)
-    torch.testing.assert_close(output, expected)
-    (ours,) = torch.autograd.grad(output.sum(), image)
-    (theirs,) = torch.autograd.grad(expected.sum(), image)
-    torch.testing.assert_close(ours, theirs)
+    image, weight = torch.randn(1, 3, 5, 5, requires_grad=True), torch.randn(2, 3, 3, 3)
+    kwargs = {"stride": 1000, "padding": 2000, "dilation": 1000}
+    for function, peer in (
+        (functional.conv2d, F.conv2d),
+        (functional.conv2d_relu, torch_conv2d_relu),
+    ):
+        if is_native_available():
+            assert explain(function, image, weight, **kwargs)["algorithm"] == "aten"
+        output = function(image, weight, **kwargs)
+        expected = peer(image, weight, **kwargs)
+        torch.testing.assert_close(output, expected)
+        (ours,) = torch.autograd.grad(output.sum(), image)
+        (theirs,) = torch.autograd.grad(expected.sum(), image)
+        torch.testing.assert_close(ours, theirs)
     block = functional.conv2d_relu_max_pool2d(image, weight, **kwargs)
     torch.testing.assert_close(block, torch_block(image, weight, None, **kwargs))
 
@@ -339,7 +395,8 @@ def test_ints_over_64_bits_raise_what_torch_raises(size: Any) -> None:
 
 @pytest.mark.parametrize("case", BAD_CONVOLUTIONS)
 def test_bad_convolutions_raise_what_torch_raises(case: str) -> None:
-    assert_same_error(functional.conv2d, F.conv2d, *BAD_CONVOLUTIONS[case])
+    for function in (functional.conv2d, functional.conv2d_relu):
+        assert_same_error(function, F.conv2d, *BAD_CONVOLUTIONS[case])
 
 
 @pytest.mark.parametrize("case", BAD_POOLS)
@@ -375,6 +432,7 @@ def test_tensor_subclasses_stay() -> None:
     input = torch.randn(1, 2, 6, 6).as_subclass(Labelled)
     weight = torch.randn(3, 2, 3, 3)
     assert type(functional.conv2d(input, weight)) is Labelled
+    assert type(functional.conv2d_relu(input, weight)) is Labelled
     assert type(functional.conv2d(weight, input[:, :, :3, :3])) is Labelled
     assert type(functional.max_pool2d(input, 2)) is Labelled
     assert type(functional.conv2d_relu_max_pool2d(input, weight)) is Labelled
@@ -387,16 +445,17 @@ def test_tensor_subclasses_stay() -> None:
 def test_fx_traces_the_functions() -> None:
     def forward(input: Tensor, weight: Tensor) -> Tensor:
         output = functional.conv2d(input, weight, padding=1)
-        return functional.max_pool2d(output, 2) + functional.conv2d_relu_max_pool2d(
-            input, weight, padding=1
-        )
+        pooled = functional.max_pool2d(output, 2)
+        block = functional.conv2d_relu_max_pool2d(input, weight, padding=1)
+        return pooled + block + functional.conv2d_relu(input, weight, stride=2, padding=1)
 
     graph = torch.fx.symbolic_trace(forward)
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    assert targets[:3] == [
+    assert [target for target in targets if target.__module__ == functional.__name__] == [
         functional.conv2d,
         functional.max_pool2d,
         functional.conv2d_relu_max_pool2d,
+        functional.conv2d_relu,
     ]
     input, weight = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)
     torch.testing.assert_close(graph(input, weight), forward(input, weight))
@@ -406,6 +465,7 @@ def test_meta_tensors() -> None:
     input = torch.empty(2, 3, 8, 8, device="meta")
     weight = torch.empty(4, 3, 3, 3, device="meta")
     assert functional.conv2d(input, weight).shape == (2, 4, 6, 6)
+    assert functional.conv2d_relu(input, weight).shape == (2, 4, 6, 6)
     assert functional.max_pool2d(input, 2).shape == (2, 3, 4, 4)
     assert functional.conv2d_relu_max_pool2d(input, weight).shape == (2, 4, 3, 3)
 
@@ -415,13 +475,14 @@ def test_compiled_graphs_call_the_operators() -> None:
 
     def forward(input: Tensor, weight: Tensor) -> Tensor:
         output = functional.conv2d(input, weight, padding="same", stride=1)
+        output = output + functional.conv2d_relu(input, weight, None, 1, "same")
         block = functional.conv2d_relu_max_pool2d(input, weight, padding=1)
         return functional.max_pool2d(output, 2).sum() + block.sum()
 
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
     tensors = [torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)]
     ours, theirs = leaves(*tensors), leaves(*tensors)
-    with runs_kernel("conv2d", "max_pool2d", "conv2d_relu_max_pool2d"):
+    with runs_kernel("conv2d", "conv2d_relu", "max_pool2d", "conv2d_relu_max_pool2d"):
         compiled(*ours).backward()
     forward(*theirs).backward()
     for our, their in zip(ours, theirs, strict=True):
@@ -431,7 +492,8 @@ def test_compiled_graphs_call_the_operators() -> None:
 def test_export() -> None:
     class Net(torch.nn.Module):
         def forward(self, input: Tensor, weight: Tensor) -> Tensor:
-            return functional.max_pool2d(functional.conv2d(input, weight), 2)
+            clipped = functional.conv2d_relu(input, weight)
+            return functional.max_pool2d(functional.conv2d(input, weight) + clipped, 2)
 
     args = (torch.randn(2, 2, 6, 6), torch.randn(3, 2, 3, 3))
     batch = torch.export.Dim("batch", min=1)
@@ -445,6 +507,7 @@ def test_a_tensor_without_its_storage(backend: str) -> None:
     image.untyped_storage().resize_(0)
     for call in (
         lambda: functional.conv2d(image, weight),
+        lambda: functional.conv2d_relu(image, weight),
         lambda: functional.max_pool2d(image, 2),
         lambda: functional.conv2d_relu_max_pool2d(image, weight),
     ):

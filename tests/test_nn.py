@@ -49,6 +49,11 @@ POOLS: list[dict[str, Any]] = [
 ]
 
 
+def test_conv2d_relu_has_the_arguments_of_conv2d() -> None:
+    assert issubclass(nn.Conv2dReLU, nn.Conv2d)
+    assert inspect.signature(nn.Conv2dReLU) == inspect.signature(torch.nn.Conv2d)
+
+
 @pytest.mark.parametrize("ours", [nn.Conv2d, nn.MaxPool2d])
 def test_arguments_are_those_of_torch(ours: type[torch.nn.Module]) -> None:
     theirs = getattr(torch.nn, ours.__name__)
@@ -69,6 +74,22 @@ def test_conv2d(kwargs: dict[str, Any]) -> None:
     for images in (input, input[0], input.to(memory_format=torch.channels_last)):
         expected = theirs(images)
         with runs_kernel("conv2d"):
+            output = ours(images)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        assert output.stride() == expected.stride()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kwargs", CONVOLUTIONS)
+def test_conv2d_relu(kwargs: dict[str, Any]) -> None:
+    ours, conv = nn.Conv2dReLU(**kwargs), torch.nn.Conv2d(**kwargs)
+    conv.load_state_dict(ours.state_dict())
+    assert repr(ours) == repr(conv).replace("Conv2d", "Conv2dReLU")
+    model = torch.nn.Sequential(conv, torch.nn.ReLU())
+    input = torch.randn(2, 2, 8, 9, dtype=conv.weight.dtype)
+    for images in (input, input[0], input.to(memory_format=torch.channels_last)):
+        expected = model(images)
+        with runs_kernel("conv2d_relu"):
             output = ours(images)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
         assert output.stride() == expected.stride()
@@ -124,7 +145,7 @@ def test_block_shows_its_pool() -> None:
         {"in_channels": 3, "out_channels": 4},
     ],
 )
-@pytest.mark.parametrize("ours", [nn.Conv2d, nn.Conv2dReLUMaxPool2d])
+@pytest.mark.parametrize("ours", [nn.Conv2d, nn.Conv2dReLU, nn.Conv2dReLUMaxPool2d])
 def test_bad_arguments_raise_what_torch_raises(
     ours: type[torch.nn.Module], kwargs: dict[str, Any]
 ) -> None:
@@ -139,6 +160,7 @@ def test_bad_arguments_raise_what_torch_raises(
     "module",
     [
         nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
+        nn.Conv2dReLU(2, 3, 3, padding="same", padding_mode="reflect"),
         nn.MaxPool2d(2, return_indices=False),
         nn.Conv2dReLUMaxPool2d(2, 3, 3, pool_kernel_size=3, pool_stride=1),
     ],
@@ -161,7 +183,7 @@ def test_copies(module: torch.nn.Module) -> None:
 
 def test_state_dicts_load_both_ways() -> None:
     theirs = torch.nn.Conv2d(2, 3, 3)
-    for ours in (nn.Conv2d(2, 3, 3), nn.Conv2dReLUMaxPool2d(2, 3, 3)):
+    for ours in (nn.Conv2d(2, 3, 3), nn.Conv2dReLU(2, 3, 3), nn.Conv2dReLUMaxPool2d(2, 3, 3)):
         ours.load_state_dict(theirs.state_dict())
         torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=0)
         theirs.load_state_dict(ours.state_dict())

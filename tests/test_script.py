@@ -36,6 +36,12 @@ def conv_same(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return functional.conv2d(x, w, b, padding="same") + functional.conv2d(x, w, b, 1, 1)
 
 
+def conv_relu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    y = functional.conv2d_relu(x, w, b, 2, 1, 1, 1)
+    z = functional.conv2d_relu(x, w, bias=b, stride=(2, 2), padding=[1, 1])
+    return y + z + functional.conv2d_relu(x, w, padding="same")[:, :, ::2, ::2]
+
+
 def pool(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     y = functional.max_pool2d(x, 2) + functional.max_pool2d(x, (2, 2), stride=2, padding=0)
     return y + functional.max_pool2d(x, kernel_size=[2, 2], stride=(2, 2), ceil_mode=False)
@@ -58,6 +64,7 @@ FUNCTIONS: list[Callable[..., Tensor]] = [
     conv_of_tuples,
     conv_of_lists,
     conv_same,
+    conv_relu,
     pool,
     pool_indices,
     block,
@@ -118,6 +125,9 @@ MODULES = [
     nn.Conv2d(2, 4, (3, 2), stride=2, padding=(1, 0), groups=2, bias=False),
     nn.Conv2d(2, 4, 3, padding="same", dilation=2),
     nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2dReLU(2, 4, 3),
+    nn.Conv2dReLU(2, 4, 3, padding="same", dilation=2),
+    nn.Conv2dReLU(2, 4, 3, padding=1, padding_mode="reflect", bias=False),
     nn.MaxPool2d(2),
     nn.MaxPool2d((3, 2), stride=1, padding=1, ceil_mode=True),
     nn.MaxPool2d(2, return_indices=True),
@@ -147,7 +157,11 @@ def test_scripted_networks_run_the_kernels() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.features = torch.nn.Sequential(
-                torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)
+                torch.nn.Conv2d(1, 4, 3),
+                torch.nn.ReLU(),
+                torch.nn.MaxPool2d(2),
+                torch.nn.Conv2d(4, 4, 3, padding=1),
+                torch.nn.ReLU(),
             )
             self.conv = torch.nn.Conv2d(4, 8, 3)
             self.linear = torch.nn.Linear(8 * 2 * 2, 3)
@@ -160,7 +174,7 @@ def test_scripted_networks_run_the_kernels() -> None:
     input = torch.randn(2, 1, 14, 14)
     script = saved_and_loaded(torch.jit.script(model))
     assert_close(script(input), model(input))
-    with runs_kernel("conv2d", "max_pool2d", "conv2d_relu_max_pool2d"):
+    with runs_kernel("conv2d", "conv2d_relu", "max_pool2d", "conv2d_relu_max_pool2d"):
         script(input).sum().backward()
     model(input).sum().backward()
     for ours, theirs in zip(script.parameters(), model.parameters(), strict=True):

@@ -31,6 +31,7 @@ struct Conv2dProblem {
   DType dtype;
   Layout layout;
   Float32Precision precision = Float32Precision::highest;
+  bool relu = false;  // of each output, as it is stored; only the forward pass reads it
 
   int64_t multiply_adds() const {
     return batch * out_channels * out_height * out_width * (in_channels / groups) * kernel_height *

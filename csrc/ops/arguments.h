@@ -68,6 +68,11 @@ PaddedInput pad_input(const char* op, const at::Tensor& input, const at::Tensor&
 Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const ConvArguments& arguments);
 
+// The torch calls, for what the kernels do not cover.
+at::Tensor composed_conv2d(bool relu, const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
 MaxPool2dProblem pool_problem(const char* op, at::IntArrayRef input_size, DType dtype,
                               Layout layout, const PoolArguments& arguments);
 
@@ -123,9 +128,9 @@ ThreadPool torch_thread_pool();
 // How often each native kernel ran; tests ask, so that no promise of a native
 // path goes unproved.
 struct KernelCalls {
-  std::atomic<int64_t> conv2d{0}, conv2d_backward{0}, max_pool2d{0}, max_pool2d_backward{0},
-      max_pool2d_gather{0}, conv2d_relu_max_pool2d{0}, conv2d_relu_max_pool2d_backward{0},
-      gd_step{0}, sgd_step{0};
+  std::atomic<int64_t> conv2d{0}, conv2d_relu{0}, conv2d_backward{0}, max_pool2d{0},
+      max_pool2d_backward{0}, max_pool2d_gather{0}, conv2d_relu_max_pool2d{0},
+      conv2d_relu_max_pool2d_backward{0}, gd_step{0}, sgd_step{0};
 };
 KernelCalls& kernel_calls();
 

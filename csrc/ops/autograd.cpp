@@ -6,6 +6,7 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
+#include <ATen/ops/threshold_backward.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
@@ -49,6 +50,14 @@ struct ConvNodeArguments {
   }
 };
 
+variable_list conv_gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                             const at::Tensor& weight, const ConvArguments& a,
+                             std::array<bool, 3> wanted) {
+  auto [grad_input, grad_weight, grad_bias] = ops::conv2d_backward(
+      grad_output, input, weight, a.stride, a.padding, a.dilation, a.groups, wanted);
+  return {grad_input, grad_weight, grad_bias};
+}
+
 class Conv2dBackward final : public SavingNode<Conv2dBackward, ConvNodeArguments, 3, 2> {
  public:
   using SavingNode::SavingNode;
@@ -57,11 +66,23 @@ class Conv2dBackward final : public SavingNode<Conv2dBackward, ConvNodeArguments
 
   static variable_list backward(const Call& call, const variable_list& gradients) {
     if (!gradients[0].defined()) return variable_list(3);
-    const ConvArguments& a = call.arguments.conv;
-    auto [grad_input, grad_weight, grad_bias] =
-        ops::conv2d_backward(gradients[0], call.saved[kInput], call.saved[kWeight], a.stride,
-                             a.padding, a.dilation, a.groups, call.wanted);
-    return {grad_input, grad_weight, grad_bias};
+    return conv_gradients(gradients[0], call.saved[kInput], call.saved[kWeight],
+                          call.arguments.conv, call.wanted);
+  }
+};
+
+// Its output tells what the ReLU clipped.
+class Conv2dReLUBackward final : public SavingNode<Conv2dReLUBackward, ConvNodeArguments, 3, 3> {
+ public:
+  using SavingNode::SavingNode;
+  static constexpr const char* kName = "Conv2dReLUBackward";
+  enum Saved { kInput, kWeight, kOutput };
+
+  static variable_list backward(const Call& call, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(3);
+    return conv_gradients(at::threshold_backward(gradients[0], call.saved[kOutput], 0),
+                          call.saved[kInput], call.saved[kWeight], call.arguments.conv,
+                          call.wanted);
   }
 };
 
@@ -93,27 +114,32 @@ class Conv2dDoubleBackward final
   }
 };
 
+template <bool Relu>
 at::Tensor autograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  refuse_tangents("conv2d", input, weight, bias);
+  using Node = std::conditional_t<Relu, Conv2dReLUBackward, Conv2dBackward>;
+  constexpr const char* op = ops::Convolution<Relu>::kName;
+  constexpr auto call = ops::Convolution<Relu>::kCall;
+  refuse_tangents(op, input, weight, bias);
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
     if (!conv2d_not_native(input, weight, bias).empty()) {
-      return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+      return composed_conv2d(Relu, input, weight, bias, stride, padding, dilation, groups);
     }
-    const ConvArguments a = conv_arguments("conv2d", stride, padding, dilation, groups);
-    const auto node = make_node<Conv2dBackward>(ConvNodeArguments{a}, input, weight, bias);
-    node->save(Conv2dBackward::kInput, input);
-    node->save(Conv2dBackward::kWeight, weight);
+    const ConvArguments a = conv_arguments(op, stride, padding, dilation, groups);
+    const auto node = make_node<Node>(ConvNodeArguments{a}, input, weight, bias);
+    node->save(Node::kInput, input);
+    node->save(Node::kWeight, weight);
     const at::Tensor output = [&] {
       const at::AutoDispatchBelowADInplaceOrView guard;
-      return ops::conv2d(input, weight, bias, a.stride, a.padding, a.dilation, groups);
+      return call(input, weight, bias, a.stride, a.padding, a.dilation, groups);
     }();
     set_history(output, node);
+    if constexpr (Relu) node->save_output(Node::kOutput, output);
     return output;
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  return call(input, weight, bias, stride, padding, dilation, groups);
 }
 
 ops::TensorTriple autograd_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
@@ -411,7 +437,8 @@ ops::TensorTriple autograd_conv2d_relu_max_pool2d_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cnnkernels, Autograd, m) {
-  m.impl("conv2d", autograd_conv2d);
+  m.impl("conv2d", autograd_conv2d<false>);
+  m.impl("conv2d_relu", autograd_conv2d<true>);
   m.impl("conv2d_backward", autograd_conv2d_backward);
   m.impl("max_pool2d", autograd_max_pool2d);
   m.impl("max_pool2d_with_indices", autograd_max_pool2d_with_indices);

@@ -39,9 +39,14 @@ class SavingNode : public torch::autograd::Node {
 
   explicit SavingNode(Arguments arguments) : arguments_(std::move(arguments)) {}
 
-  // An output is saved after its history is set.
   void save(size_t slot, const at::Tensor& tensor) {
-    saved_[slot] = torch::autograd::SavedVariable(tensor, /*is_output=*/false);
+    saved_[slot] = torch::autograd::SavedVariable(tensor, is_output_[slot]);
+  }
+
+  // An output whose history is this node: set before, and not kept, or the node would own itself.
+  void save_output(size_t slot, const at::Tensor& output) {
+    is_output_[slot] = true;
+    save(slot, output);
   }
 
   std::string name() const override { return Derived::kName; }
@@ -52,7 +57,7 @@ class SavingNode : public torch::autograd::Node {
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    for (size_t i = 0; i < kSaved; ++i) args.collect(saved_[i], /*is_output=*/false);
+    for (size_t i = 0; i < kSaved; ++i) args.collect(saved_[i], is_output_[i]);
     Arguments::each_key(arguments_, [&](const auto& key) { args.collect(key); });
   }
 
@@ -113,6 +118,7 @@ class SavingNode : public torch::autograd::Node {
 
   Arguments arguments_;
   std::array<torch::autograd::SavedVariable, kSaved> saved_;
+  std::array<bool, kSaved> is_output_{};
 };
 
 // A node between the gradients of its outputs, to be set with set_history, and

@@ -1,8 +1,9 @@
-// conv2d and its backward: native where the kernels cover the call, ATen where
-// they do not. Their derivatives: autograd.cpp.
+// conv2d, conv2d_relu and their backward: native where the kernels cover the call,
+// ATen where they do not. Their derivatives: autograd.cpp.
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/relu.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -27,6 +28,21 @@ at::Tensor conv2d_padding(const at::Tensor& input, const at::Tensor& weight,
                           const OptionalTensor& bias, at::IntArrayRef stride,
                           std::string_view padding, at::IntArrayRef dilation, int64_t groups) {
   static const auto op = typed_operator<decltype(conv2d_padding)>("cnnkernels::conv2d", "padding");
+  return op.call(input, weight, bias, stride, padding, dilation, groups);
+}
+
+at::Tensor conv2d_relu(const at::Tensor& input, const at::Tensor& weight,
+                       const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, int64_t groups) {
+  static const auto op = typed_operator<decltype(conv2d_relu)>("cnnkernels::conv2d_relu");
+  return op.call(input, weight, bias, stride, padding, dilation, groups);
+}
+
+at::Tensor conv2d_relu_padding(const at::Tensor& input, const at::Tensor& weight,
+                               const OptionalTensor& bias, at::IntArrayRef stride,
+                               std::string_view padding, at::IntArrayRef dilation, int64_t groups) {
+  static const auto op =
+      typed_operator<decltype(conv2d_relu_padding)>("cnnkernels::conv2d_relu", "padding");
   return op.call(input, weight, bias, stride, padding, dilation, groups);
 }
 
@@ -57,6 +73,13 @@ std::string conv2d_not_native(const at::Tensor& input, const at::Tensor& weight,
     if (TORCH_GUARD_OR_FALSE(input.sym_size(axis).sym_eq(0))) return "input has no elements";
   }
   return "";
+}
+
+at::Tensor composed_conv2d(bool relu, const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const at::Tensor convolved = at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  return relu ? at::relu(convolved) : convolved;
 }
 
 PaddedInput pad_input(const char* op, const at::Tensor& input, const at::Tensor& weight,
@@ -91,27 +114,36 @@ at::Tensor batched(const at::Tensor& input) {
   return input.dim() == 3 ? input.unsqueeze(0) : input;
 }
 
+// The format of an output. torch's ReLU returns the contiguous one where both are the same.
+at::MemoryFormat output_format(const Conv2dProblem& problem) {
+  const bool both = problem.batch == 0 || problem.out_channels == 1 ||
+                    (problem.out_height == 1 && problem.out_width == 1);
+  return problem.relu && both ? at::MemoryFormat::Contiguous : memory_format(problem.layout);
+}
+
+template <bool Relu>
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   if (!conv2d_not_native(input, weight, bias).empty()) {
-    return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+    return composed_conv2d(Relu, input, weight, bias, stride, padding, dilation, groups);
   }
-  check_input_dimensions("conv2d", input);
-  const ConvArguments arguments = conv_arguments("conv2d", stride, padding, dilation, groups);
+  constexpr const char* op = ops::Convolution<Relu>::kName;
+  check_input_dimensions(op, input);
+  const ConvArguments arguments = conv_arguments(op, stride, padding, dilation, groups);
   const at::Tensor images = batched(input);
-  const Conv2dProblem problem = conv_problem("conv2d", images, weight, bias, arguments);
+  Conv2dProblem problem = conv_problem(op, images, weight, bias, arguments);
+  problem.relu = Relu;
   if (mostly_border(problem)) {
-    return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+    return composed_conv2d(Relu, input, weight, bias, stride, padding, dilation, groups);
   }
-  const at::MemoryFormat format = memory_format(problem.layout);
-  const at::Tensor source = images.contiguous(format);
+  const at::Tensor source = images.contiguous(memory_format(problem.layout));
   const at::Tensor output =
       empty_cpu({problem.batch, problem.out_channels, problem.out_height, problem.out_width},
-                input.scalar_type(), format);
+                input.scalar_type(), output_format(problem));
   const at::Tensor bias_values = has_value(bias) ? bias->contiguous() : at::Tensor();
   if (problem.batch > 0) {
-    count(kernel_calls().conv2d);
+    count(Relu ? kernel_calls().conv2d_relu : kernel_calls().conv2d);
     conv2d_forward(problem, active_isa(), torch_thread_pool(), read_data(source), read_data(weight),
                    bias_values.defined() ? read_data(bias_values) : nullptr,
                    output.mutable_data_ptr());
@@ -181,30 +213,42 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   return {unbatched(grad_input), grad_weight, grad_bias};
 }
 
+template <bool Relu>
 at::Tensor same_or_valid(const at::Tensor& input, const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                          std::string_view padding, at::IntArrayRef dilation, int64_t groups) {
-  const PaddedInput padded = pad_input("conv2d", input, weight, stride, padding, dilation);
-  return ops::conv2d(padded.input, weight, bias, stride, padded.padding, dilation, groups);
+  using Operator = ops::Convolution<Relu>;
+  const PaddedInput padded = pad_input(Operator::kName, input, weight, stride, padding, dilation);
+  return Operator::kCall(padded.input, weight, bias, stride, padded.padding, dilation, groups);
 }
 
+template <bool Relu>
 at::Tensor autocast(const at::Tensor& input, const at::Tensor& weight,
                     const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const AutocastToLower lower(input.device().type());
-  return ops::conv2d(lower(input), lower(weight), lower(bias), stride, padding, dilation, groups);
+  return ops::Convolution<Relu>::kCall(lower(input), lower(weight), lower(bias), stride, padding,
+                                       dilation, groups);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cnnkernels, CompositeExplicitAutograd, m) {
-  m.impl("conv2d", forward);
+  m.impl("conv2d", forward<false>);
+  m.impl("conv2d_relu", forward<true>);
   m.impl("conv2d_backward", backward);
 }
 TORCH_LIBRARY_IMPL(cnnkernels, CompositeImplicitAutograd, m) {
-  m.impl("conv2d.padding", same_or_valid);
+  m.impl("conv2d.padding", same_or_valid<false>);
+  m.impl("conv2d_relu.padding", same_or_valid<true>);
 }
-TORCH_LIBRARY_IMPL(cnnkernels, AutocastCPU, m) { m.impl("conv2d", autocast); }
-TORCH_LIBRARY_IMPL(cnnkernels, AutocastCUDA, m) { m.impl("conv2d", autocast); }
+TORCH_LIBRARY_IMPL(cnnkernels, AutocastCPU, m) {
+  m.impl("conv2d", autocast<false>);
+  m.impl("conv2d_relu", autocast<true>);
+}
+TORCH_LIBRARY_IMPL(cnnkernels, AutocastCUDA, m) {
+  m.impl("conv2d", autocast<false>);
+  m.impl("conv2d_relu", autocast<true>);
+}
 
 }  // namespace cnnkernels

@@ -10,6 +10,12 @@ TORCH_LIBRARY(cnnkernels, m) {
       "conv2d.padding(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
       "str padding=\"valid\", int[2] dilation=1, int groups=1) -> Tensor");
   m.def(
+      "conv2d_relu(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+      "int[2] padding=0, int[2] dilation=1, int groups=1) -> Tensor");
+  m.def(
+      "conv2d_relu.padding(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+      "str padding=\"valid\", int[2] dilation=1, int groups=1) -> Tensor");
+  m.def(
       "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, bool[3] output_mask) "
       "-> (Tensor, Tensor, Tensor)");

@@ -23,6 +23,22 @@ at::Tensor conv2d_padding(const at::Tensor& input, const at::Tensor& weight,
                           const OptionalTensor& bias, at::IntArrayRef stride,
                           std::string_view padding, at::IntArrayRef dilation, int64_t groups);
 
+// relu(conv2d(...)), and the same with padding by name.
+at::Tensor conv2d_relu(const at::Tensor& input, const at::Tensor& weight,
+                       const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, int64_t groups);
+at::Tensor conv2d_relu_padding(const at::Tensor& input, const at::Tensor& weight,
+                               const OptionalTensor& bias, at::IntArrayRef stride,
+                               std::string_view padding, at::IntArrayRef dilation, int64_t groups);
+
+// What differs between the two.
+template <bool Relu>
+struct Convolution {
+  static constexpr const char* kName = Relu ? "conv2d_relu" : "conv2d";
+  static constexpr auto kCall = Relu ? conv2d_relu : conv2d;
+  static constexpr auto kCallPadding = Relu ? conv2d_relu_padding : conv2d_padding;
+};
+
 TensorTriple conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
                              const at::Tensor& weight, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,

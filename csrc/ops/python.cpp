@@ -99,9 +99,10 @@ class StrideArgument {
   std::optional<PairArgument> pair_;
 };
 
+template <bool Relu>
 at::Tensor conv2d(py::handle input, py::handle weight, py::handle bias, py::handle stride,
                   py::handle padding, py::handle dilation, py::handle groups) {
-  const char* const op = "conv2d";
+  constexpr const char* op = ops::Convolution<Relu>::kName;
   const at::Tensor& x = tensor_argument(op, "input", input);
   const at::Tensor& w = tensor_argument(op, "weight", weight);
   const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
@@ -111,11 +112,11 @@ at::Tensor conv2d(py::handle input, py::handle weight, py::handle bias, py::hand
   if (PyUnicode_Check(padding.ptr())) {
     const std::string mode = py::cast<std::string>(padding);
     const py::gil_scoped_release no_gil;
-    return ops::conv2d_padding(x, w, b, strides, mode, dilations, group_count);
+    return ops::Convolution<Relu>::kCallPadding(x, w, b, strides, mode, dilations, group_count);
   }
   const PairArgument paddings(op, "padding", padding);
   const py::gil_scoped_release no_gil;
-  return ops::conv2d(x, w, b, strides, paddings, dilations, group_count);
+  return ops::Convolution<Relu>::kCall(x, w, b, strides, paddings, dilations, group_count);
 }
 
 struct PoolPython {
@@ -320,9 +321,11 @@ at::Tensor batched(const char* op, const at::Tensor& input) {
   return input.dim() == 3 ? input.unsqueeze(0) : input;
 }
 
+// The plan of both: a ReLU changes nothing but what is stored.
+template <bool Relu>
 py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py::handle stride,
                         py::handle padding, py::handle dilation, py::handle groups) {
-  const char* const op = "conv2d";
+  constexpr const char* op = ops::Convolution<Relu>::kName;
   const at::Tensor& x = tensor_argument(op, "input", input);
   const at::Tensor& w = tensor_argument(op, "weight", weight);
   const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
@@ -449,6 +452,7 @@ py::dict kernel_call_counts() {
   const KernelCalls& calls = kernel_calls();
   py::dict result;
   result["conv2d"] = calls.conv2d.load();
+  result["conv2d_relu"] = calls.conv2d_relu.load();
   result["conv2d_backward"] = calls.conv2d_backward.load();
   result["max_pool2d"] = calls.max_pool2d.load();
   result["max_pool2d_backward"] = calls.max_pool2d_backward.load();
@@ -464,14 +468,16 @@ py::dict kernel_call_counts() {
 }  // namespace cnnkernels
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("conv2d", &cnnkernels::conv2d);
+  m.def("conv2d", &cnnkernels::conv2d<false>);
+  m.def("conv2d_relu", &cnnkernels::conv2d<true>);
   m.def("max_pool2d", &cnnkernels::max_pool2d);
   m.def("max_pool2d_with_indices", &cnnkernels::max_pool2d_with_indices);
   m.def("conv2d_relu_max_pool2d", &cnnkernels::conv2d_relu_max_pool2d);
   m.def("gd_step_group", &cnnkernels::gd_step_group);
   m.def("sgd_step_group", &cnnkernels::sgd_step_group);
   m.def("config", &cnnkernels::config);
-  m.def("explain_conv2d", &cnnkernels::explain_conv2d);
+  m.def("explain_conv2d", &cnnkernels::explain_conv2d<false>);
+  m.def("explain_conv2d_relu", &cnnkernels::explain_conv2d<true>);
   m.def("explain_max_pool2d", &cnnkernels::explain_max_pool2d);
   m.def("max_pool2d_reason", &cnnkernels::max_pool2d_reason);
   m.def("conv2d_relu_max_pool2d_reason", &cnnkernels::conv2d_relu_max_pool2d_reason);

@@ -130,6 +130,17 @@ Conv2dPlan cut_at_random(Random& random, const Conv2dProblem& p, Conv2dPlan plan
   return plan;
 }
 
+// Calls run(problem, output) for the convolution alone and with a ReLU.
+template <class Run>
+void check_forward(Conv2dProblem p, const Tensor& output, const Tensor& clipped, Run&& run) {
+  for (const bool with_relu : {false, true}) {
+    p.relu = with_relu;
+    const Memory out(element_of(p.dtype), output.shape, layout_strides(output.shape, p.layout));
+    run(p, out.data());
+    expect_holds(out, with_relu ? clipped : output, with_relu ? "output of the ReLU" : "output");
+  }
+}
+
 // Every algorithm, whatever a planner would choose, and then the choice.
 void check_conv2d(Random& random) {
   const Conv2dProblem p = random_conv2d(random);
@@ -152,6 +163,7 @@ void check_conv2d(Random& random) {
   const bool with_bias = random.chance(60);
   const Tensor output =
       conv2d(p, tensors.input, tensors.weight, with_bias ? &tensors.bias : nullptr);
+  const Tensor clipped = relu(output);
   const Conv2dGradients gradients = conv2d_gradients(p, grad_output, tensors.input, tensors.weight);
 
   const Memory input(element, tensors.input, tensors.input_strides);
@@ -160,43 +172,44 @@ void check_conv2d(Random& random) {
   const Memory grad_out(element, grad_output, tensors.output_strides);
   const void* const bias_data = with_bias ? bias.data() : nullptr;
   for (const ConvAlgorithm algorithm : kAlgorithms) {
-    for_each_run(describe(p) + ", " + algorithm_name(algorithm), [&](Isa isa,
-                                                                     const ThreadPool& pool) {
-      if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
-      if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
-      if (algorithm == ConvAlgorithm::winograd && !winograd_applies(p)) return;
-      if (algorithm == ConvAlgorithm::patches && (p.groups > 1 || !patch_order(p).dense)) {
-        return;
-      }
-      const bool runs = algorithm == ConvAlgorithm::runs;  // the weight gradient alone
-      if (runs && !runs_apply(p, isa)) return;
-      if (!runs) {
-        const Memory out(element, tensors.output_shape, tensors.output_strides);
-        conv2d_forward(p, cut_at_random(random, p, plan_forward(p, algorithm, isa, pool.threads)),
-                       pool, input.data(), weight.data(), bias_data, out.data());
-        expect_holds(out, output, "output");
-      }
-      GradientMemory to(random, element, tensors);
-      to.wants_bias = false;
-      to.wants_input = to.wants_input && !runs;
-      if (to.wants_input) {
-        conv2d_input_gradient(
-            p, cut_at_random(random, p, plan_input_gradient(p, algorithm, isa, pool.threads)), pool,
-            grad_out.data(), weight.data(), to.input_data());
-      }
-      if (algorithm == ConvAlgorithm::winograd) to.wants_weight = false;
-      if (to.wants_weight) {
-        conv2d_weight_gradient(
-            p, cut_at_random(random, p, plan_weight_gradient(p, algorithm, isa, pool.threads)),
-            pool, grad_out.data(), input.data(), to.weight_data());
-      }
-      to.expect_all(gradients);
-    });
+    for_each_run(
+        describe(p) + ", " + algorithm_name(algorithm), [&](Isa isa, const ThreadPool& pool) {
+          if (algorithm == ConvAlgorithm::depthwise && !depthwise_applies(p, isa)) return;
+          if (algorithm == ConvAlgorithm::amx && !amx_applies(p, isa)) return;
+          if (algorithm == ConvAlgorithm::winograd && !winograd_applies(p)) return;
+          if (algorithm == ConvAlgorithm::patches && (p.groups > 1 || !patch_order(p).dense)) {
+            return;
+          }
+          const bool runs = algorithm == ConvAlgorithm::runs;  // the weight gradient alone
+          if (runs && !runs_apply(p, isa)) return;
+          if (!runs) {
+            check_forward(p, output, clipped, [&](const Conv2dProblem& problem, void* out) {
+              const Conv2dPlan plan = plan_forward(problem, algorithm, isa, pool.threads);
+              conv2d_forward(problem, cut_at_random(random, problem, plan), pool, input.data(),
+                             weight.data(), bias_data, out);
+            });
+          }
+          GradientMemory to(random, element, tensors);
+          to.wants_bias = false;
+          to.wants_input = to.wants_input && !runs;
+          if (to.wants_input) {
+            conv2d_input_gradient(
+                p, cut_at_random(random, p, plan_input_gradient(p, algorithm, isa, pool.threads)),
+                pool, grad_out.data(), weight.data(), to.input_data());
+          }
+          if (algorithm == ConvAlgorithm::winograd) to.wants_weight = false;
+          if (to.wants_weight) {
+            conv2d_weight_gradient(
+                p, cut_at_random(random, p, plan_weight_gradient(p, algorithm, isa, pool.threads)),
+                pool, grad_out.data(), input.data(), to.weight_data());
+          }
+          to.expect_all(gradients);
+        });
   }
   for_each_run(describe(p), [&](Isa isa, const ThreadPool& pool) {
-    const Memory out(element, tensors.output_shape, tensors.output_strides);
-    conv2d_forward(p, isa, pool, input.data(), weight.data(), bias_data, out.data());
-    expect_holds(out, output, "output");
+    check_forward(p, output, clipped, [&](const Conv2dProblem& problem, void* out) {
+      conv2d_forward(problem, isa, pool, input.data(), weight.data(), bias_data, out);
+    });
     const GradientMemory to(random, element, tensors);
     conv2d_backward(p, isa, pool, grad_out.data(), input.data(), weight.data(), to.input_data(),
                     to.weight_data(), to.bias_data());

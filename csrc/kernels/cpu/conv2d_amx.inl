@@ -76,7 +76,7 @@ bool forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
       {problem.dtype, problem.groups, problem.batch, forward_grid(problem),
        pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width),
        pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
-       input, matrix, weight, wide_bias, output});
+       input, matrix, weight, wide_bias, output, problem.relu});
 }
 
 template <int Parts>
@@ -97,7 +97,7 @@ bool input_gradient(const Conv2dProblem& problem, const Conv2dPlan& plan, const 
       {problem.dtype, problem.groups, problem.batch, gradient_grid(problem),
        pixels_of(problem.layout, problem.out_channels, problem.out_height, problem.out_width),
        pixels_of(problem.layout, problem.in_channels, problem.in_height, problem.in_width),
-       grad_output, matrix, weight, nullptr, grad_input});
+       grad_output, matrix, weight, nullptr, grad_input, false});
 }
 
 #include "kernels/cpu/conv2d_amx_weight_gradient.inl"

@@ -64,9 +64,7 @@ bool chunks_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridProbl
             problem.destination.plane.channel_stride == 1 && count <= slice &&
             weight_elements * static_cast<int64_t>(sizeof(uint16_t)) <= kStayingWeightBytes;
         if (count > slice) sums.resize(static_cast<size_t>(pixels.blocks() * kSums));
-        BlockStore meanwhile({problem.dtype, problem.out, problem.destination.plane.channel_stride,
-                              &pixels.table, problem.streams()},
-                             magnitudes);
+        BlockStore meanwhile(problem.pixels_out(&pixels.table), magnitudes);
         for (int64_t group = 0; group < groups; ++group) {
           const uint16_t* const group_packed = packed + group * blocks * positions * kTileDepth;
           if (pixels_outside) {

@@ -55,9 +55,7 @@ bool few_pixels_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridP
         for (size_t i = 0; i < classes.size(); ++i) {
           const int64_t taps =
               static_cast<int64_t>(classes[i].rows->taps.size() * classes[i].columns->taps.size());
-          BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
-                            &pixels[i].table, problem.streams()},
-                           magnitudes);
+          BlockStore store(problem.pixels_out(&pixels[i].table), magnitudes);
           for (int64_t k = k_begin; k < k_end; k += kBlock, sums += pixels[i].blocks() * kSums) {
             with_type([&](auto element) {
               pack_class_weights<decltype(element), Parts>(problem, classes[i], 0, c / kTileDepth,

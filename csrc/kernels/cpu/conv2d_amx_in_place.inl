@@ -18,7 +18,7 @@ class PixelRowStore {
  public:
   PixelRowStore(const GridProblem& problem, const std::vector<ResultColumns>& columns)
       : columns_(columns),
-        out_({problem.dtype, problem.out, 1, nullptr, false}),
+        out_(problem.pixels_out(nullptr)),
         channels_(problem.destination.channels) {}
   ~PixelRowStore() { finish(); }
   PixelRowStore(const PixelRowStore&) = delete;

@@ -278,6 +278,7 @@ struct GridProblem {
   const void* weight;
   const float* bias;
   void* out;
+  bool relu;
 
   // A store past the caches need not read what it overwrites. It pays where the result
   // would leave them anyway; below that, what reads the result pays for it (measured
@@ -285,6 +286,9 @@ struct GridProblem {
   bool streams() const {
     constexpr int64_t kStreamedBytes = 24 * 1024 * 1024;
     return dtype == DType::float32 && batch * destination.image_step * 4 > kStreamedBytes;
+  }
+  PixelsOut pixels_out(const PixelTable* table) const {
+    return {dtype, out, destination.plane.channel_stride, table, streams(), relu};
   }
   // Whether elements are turned into parts, which what is not finite does not have.
   bool splits() const { return dtype != DType::bfloat16; }

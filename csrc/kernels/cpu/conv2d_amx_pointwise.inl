@@ -109,9 +109,7 @@ bool pointwise_pass(const Conv2dPlan& plan, const ThreadPool& pool, const GridPr
           destination.run_length = last - first;
           destination.run_blocks = ceil_div(last - first, kBlock);
 
-          BlockStore store({problem.dtype, problem.out, problem.destination.plane.channel_stride,
-                            &destination.table, problem.streams()},
-                           magnitudes);
+          BlockStore store(problem.pixels_out(&destination.table), magnitudes);
           PackAndStore<T, Parts> meanwhile(problem, source, part_step, store);
           const auto packed = [&](int64_t i) {
             return workspace.as<uint16_t>() + i % 2 * Parts * part_step;

@@ -132,7 +132,8 @@ bool row_runs_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
       {run, problem.out_channels, 1, kernel, 0, run, 0, problem.kernel_height, kernel - run},
       weight_runs,
       bias,
-      output};
+      output,
+      problem.relu};
   const int64_t row_step = bordered_columns(problem) * problem.in_channels;
   std::vector<ClassSteps> classes = {{&taps, &column, {}, 0}};
   ClassSteps& steps = classes.front();
@@ -165,9 +166,7 @@ bool row_runs_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const T
         pad_table(pixels.table, kBlock);
       }
       group_pixels(pixels.table, destination.plane.column_stride);
-      BlockStore store({problem.dtype, output, destination.plane.channel_stride, &pixels.table,
-                        grid_problem.streams()},
-                       magnitudes);
+      BlockStore store(grid_problem.pixels_out(&pixels.table), magnitudes);
       for (int64_t i = 0; i < pixels.blocks(); ++i) {
         const int64_t y = first + i / row_blocks;
         const uint16_t* const at =

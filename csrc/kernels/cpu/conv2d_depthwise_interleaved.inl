@@ -86,9 +86,9 @@ void interleaved_forward(const Conv2dProblem& problem, const Conv2dPlan& plan,
       interleave_weights<T>(problem, weight, c, count, weights);
       if (bias_data != nullptr) store(bias, load_head(static_cast<const T*>(bias_data) + c, count));
       interleave_planes(static_cast<const T*>(input) + plane * in_pixels, count, in_pixels, source);
-      const NhwcRow<A, 1> row = {source,  problem.in_width * lanes,
-                                 weights, bias_data != nullptr ? bias : nullptr,
-                                 lanes,   problem.kernel_width};
+      const NhwcRow<A, 1> row = {
+          source, problem.in_width * lanes, weights,     bias_data != nullptr ? bias : nullptr,
+          lanes,  problem.kernel_width,     problem.relu};
       for (int64_t y = 0; y < problem.out_height; ++y) {
         nhwc_row(row, passes, y, result + y * problem.out_width * lanes);
       }

@@ -47,7 +47,7 @@ int64_t packed_size(const PackedPlanes& packed) {
 template <class Out, class A, int P>
 CNNK_INLINE void nchw_vectors(const A* packed, int64_t row_elements,
                               const std::vector<PlaneTap<A>>& taps, const A* weights, A bias,
-                              int64_t first_row, int64_t number, int64_t width, Out* out,
+                              bool relu, int64_t first_row, int64_t number, int64_t width, Out* out,
                               int64_t out_row) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t vectors = ceil_div(width, lanes);
@@ -74,10 +74,11 @@ CNNK_INLINE void nchw_vectors(const A* packed, int64_t row_elements,
   const int64_t count = std::min(lanes, width);
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
+    const Vec<A> result = relu_if<A>(relu, sum[p]);
     if (count == lanes) {
-      store_narrowed(to[p], sum[p]);
+      store_narrowed(to[p], result);
     } else {
-      store_head(to[p], sum[p], count);
+      store_head(to[p], result, count);
     }
   }
 }
@@ -91,6 +92,7 @@ struct NchwPlane {
   const Accumulator<T>* weights;  // [r][s]
   int64_t kernel_width;
   Accumulator<T> bias;
+  bool relu = false;
 };
 
 // The taps of a segment of rows and a pass of columns.
@@ -120,7 +122,8 @@ void nchw_columns(const NchwPlane<T>& plane, const AxisPass& columns,
       for_each_pixel_tile(0, (segment.end - segment.begin) * vectors, [&](int64_t i, auto tile) {
         nchw_vectors<Out, A, decltype(tile)::value>(
             plane.packed, rows.step * plane.geometry.pitch(), taps, plane.weights, plane.bias,
-            segment.begin, i, columns.count, out + rows.first * out_row, rows.stride * out_row);
+            plane.relu, segment.begin, i, columns.count, out + rows.first * out_row,
+            rows.stride * out_row);
       });
     }
   }
@@ -198,9 +201,10 @@ void nchw_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const Th
       channel_weights<T>(problem, weight, k, weights);
       pack_plane(static_cast<const T*>(input) + i * in_plane, source, geometry, packed);
       const A channel_bias = bias == nullptr ? A{0} : widen(static_cast<const T*>(bias)[k]);
-      nchw_plane<T>({packed, geometry, passes, weights, problem.kernel_width, channel_bias},
-                    problem.out_height, problem.out_width, taps, nullptr,
-                    static_cast<T*>(output) + i * out_plane);
+      nchw_plane<T>(
+          {packed, geometry, passes, weights, problem.kernel_width, channel_bias, problem.relu},
+          problem.out_height, problem.out_width, taps, nullptr,
+          static_cast<T*>(output) + i * out_plane);
     }
   });
 }

@@ -58,6 +58,7 @@ struct NhwcRow {
   const Accumulator<T>* weights;  // [tap][channel of the group][channel]
   const Accumulator<T>* bias;     // or null
   int64_t channels, kernel_width;
+  bool relu = false;
 };
 
 // Pixels j, …, j + P - 1 of a destination row, all of which read these taps. Many products
@@ -105,7 +106,8 @@ CNNK_INLINE void nhwc_pixels(const NhwcRow<T, G>& row, const std::vector<AxisTap
     }
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-      store_narrowed(out + p * out_pixel + c, Chains ? sum[p] + total[p] : sum[p]);
+      store_narrowed(out + p * out_pixel + c,
+                     relu_if<A>(row.relu, Chains ? sum[p] + total[p] : sum[p]));
     }
   });
 }
@@ -173,7 +175,9 @@ void nhwc_pixels_of_neighbours(const NhwcRow<T, 1>& row, const std::vector<AxisT
       }
     }
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) store_narrowed(out + p * out_pixel + c, sum[p]);
+    for (int p = 0; p < P; ++p) {
+      store_narrowed(out + p * out_pixel + c, relu_if<A>(row.relu, sum[p]));
+    }
   });
 }
 
@@ -257,7 +261,8 @@ void nhwc_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const Th
                                  weights,
                                  bias,
                                  channels,
-                                 problem.kernel_width};
+                                 problem.kernel_width,
+                                 problem.relu};
       for (int64_t y = y0; y < std::min(rows, y0 + plan.rows_per_task); ++y) {
         nhwc_row(row, passes, y, static_cast<T*>(output) + (image * rows + y) * out_row);
       }

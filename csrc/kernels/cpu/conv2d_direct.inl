@@ -84,6 +84,7 @@ void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
                      nullptr};
         row.weights = {weights.data + k * weights.stride_k, weights.stride_k, weights.stride_c};
         row.bias = bias != nullptr ? bias + k : nullptr;
+        row.relu = problem.relu;
         row.dtype = problem.dtype;
         row.out = output;
         row.out_channel_step = destination.channel_stride;

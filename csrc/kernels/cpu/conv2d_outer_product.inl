@@ -26,26 +26,27 @@ void forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const ThreadP
   // Whether a task reads all elements of consecutive pixels, from memory.
   const bool dense = plan.in_place && !plan.weights_first && problem.layout == Layout::nhwc &&
                      problem.groups == 1 && problem.stride_h == 1 && problem.stride_w == 1;
-  forward_pass<A>(problem, plan, pool, source, weight, bias, problem.out_height,
-                  [&](const ForwardTask<A>& task) {
-                    const ChannelsOut<A> out = {problem.dtype, output, destination.channel_stride,
-                                                task.channels, task.bias};
-                    const PixelBlock<A> block = {
-                        task.y1 - task.y0,
-                        problem.out_width,
-                        task.source,
-                        problem.stride_h * images.row,
-                        problem.stride_w * images.column,
-                        task.image * output_image + task.channel * destination.channel_stride +
-                            task.y0 * destination.row_stride,
-                        destination.row_stride,
-                        destination.column_stride,
-                        problem.in_channels / problem.groups *
-                            std::min(problem.stride_h, problem.kernel_height) *
-                            std::min(problem.stride_w, problem.kernel_width),
-                        dense};
-                    outer_product_block(task.steps, out, block);
-                  });
+  forward_pass<A>(
+      problem, plan, pool, source, weight, bias, problem.out_height,
+      [&](const ForwardTask<A>& task) {
+        const ChannelsOut<A> out = {problem.dtype, output,    destination.channel_stride,
+                                    task.channels, task.bias, problem.relu};
+        const PixelBlock<A> block = {task.y1 - task.y0,
+                                     problem.out_width,
+                                     task.source,
+                                     problem.stride_h * images.row,
+                                     problem.stride_w * images.column,
+                                     task.image * output_image +
+                                         task.channel * destination.channel_stride +
+                                         task.y0 * destination.row_stride,
+                                     destination.row_stride,
+                                     destination.column_stride,
+                                     problem.in_channels / problem.groups *
+                                         std::min(problem.stride_h, problem.kernel_height) *
+                                         std::min(problem.stride_w, problem.kernel_width),
+                                     dense};
+        outer_product_block(task.steps, out, block);
+      });
 }
 
 template <class A>

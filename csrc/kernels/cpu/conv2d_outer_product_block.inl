@@ -10,6 +10,7 @@ struct ChannelsOut {
   int64_t channel_step;
   int64_t channels;
   const A* bias;  // of the first channel, or null
+  bool relu = false;
 };
 
 // Some output pixels, rows by columns, of one image and group.
@@ -124,6 +125,11 @@ __attribute__((noinline)) void outer_product_pixels(const OuterProductSteps<A>& 
         const A* const from = out.bias + k + w * lanes;
         const Vec<A> bias = channels == lanes ? load(from) : load_first(from, channels, A{0});
         for (int p = 0; p < P; ++p) total[p][w] += bias;
+      }
+    }
+    if (out.relu) {
+      for (int w = 0; w < KV; ++w) {
+        for (int p = 0; p < P; ++p) total[p][w] = relu<A>(total[p][w]);
       }
     }
     if (planes) {

@@ -186,7 +186,9 @@ void patches_forward(const Conv2dProblem& problem, const Conv2dPlan& plan, const
               T* const to = static_cast<T*>(output) + output_at(problem, plane, first + p);
               for (int64_t r = 0; r < std::min(kPatchChannels, channels - k); ++r) {
                 const A added = bias != nullptr ? widen(static_cast<const T*>(bias)[k + r]) : A{0};
-                to[(k + r) * plane.channel_stride] = narrow<T>(sums[p][r] + added);
+                const A sum = sums[p][r] + added;
+                to[(k + r) * plane.channel_stride] =
+                    narrow<T>(problem.relu && sum <= 0 ? A{0} : sum);
               }
             }
           });

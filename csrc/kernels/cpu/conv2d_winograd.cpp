@@ -24,8 +24,8 @@ bool conv2d_winograd_forward(const Conv2dProblem& p, const Conv2dPlan& plan, con
   return CNNK_TIER_FUNCTION(plan.isa, winograd_pass)(
       plan, pool, p.batch, {p.dtype, p.layout, p.in_channels, p.in_height, p.in_width}, input,
       {p.dtype, p.layout, p.out_channels, p.out_height, p.out_width}, output, p.pad_top, p.pad_left,
-      {weight, 0, p.weight_stride_c, p.weight_stride_k, p.weight_stride_r, p.weight_stride_s},
-      bias);
+      {weight, 0, p.weight_stride_c, p.weight_stride_k, p.weight_stride_r, p.weight_stride_s}, bias,
+      p.relu);
 }
 
 bool conv2d_winograd_input_gradient(const Conv2dProblem& p, const Conv2dPlan& plan,
@@ -39,7 +39,7 @@ bool conv2d_winograd_input_gradient(const Conv2dProblem& p, const Conv2dPlan& pl
       2 - p.pad_top, 2 - p.pad_left,
       {weight, 2 * p.weight_stride_r + 2 * p.weight_stride_s, p.weight_stride_k, p.weight_stride_c,
        -p.weight_stride_r, -p.weight_stride_s},
-      nullptr);
+      nullptr, false);
 }
 
 }  // namespace cnnkernels

@@ -219,10 +219,10 @@ void transform_kernels(const T* first, const WinogradWeights& weights, int64_t f
 }
 
 // A vector of products back to 2x2 results, of which those inside of the view are
-// stored.
+// stored. They are marked before a ReLU makes a number of an infinity.
 CNNK_INLINE void transform_products(const float* products, int64_t position_step, Vec<float> bias,
-                                    const PixelView<float>& out, int64_t y, int64_t x, int64_t k,
-                                    Vec<float>& marks) {
+                                    bool relu, const PixelView<float>& out, int64_t y, int64_t x,
+                                    int64_t k, Vec<float>& marks) {
   const int64_t count = std::min<int64_t>(kLanes<float>, out.channels - k);
   Vec<float> s[kTileSize][kPatch];
 #pragma GCC unroll 4
@@ -237,10 +237,12 @@ CNNK_INLINE void transform_products(const float* products, int64_t position_step
   for (int64_t i = 0; i < kTileSize; ++i) {
     if (y + i >= out.height) continue;
     float* const to = out.data + ((y + i) * out.width + x) * out.channels + k;
-    const Vec<float> left = s[i][0] + s[i][1] + s[i][2] + bias;
-    const Vec<float> right = s[i][1] - s[i][2] - s[i][3] + bias;
+    Vec<float> left = s[i][0] + s[i][1] + s[i][2] + bias;
+    Vec<float> right = s[i][1] - s[i][2] - s[i][3] + bias;
     mark(marks, left);
     mark(marks, right);
+    left = relu_if<float>(relu, left);
+    right = relu_if<float>(relu, right);
     if (count == kLanes<float>) {
       store(to, left);
       if (x + 1 < out.width) store(to + out.channels, right);
@@ -262,7 +264,7 @@ inline bool winograd_pass(const Conv2dPlan& plan, const ThreadPool& pool, int64_
                           const WinogradImages& source, const void* source_data,
                           const WinogradImages& destination, void* destination_data,
                           int64_t pad_top, int64_t pad_left, const WinogradWeights& weights,
-                          const void* bias_data) {
+                          const void* bias_data, bool relu) {
   constexpr int64_t lanes = kLanes<float>;
   const bool serial = plan.threads == 1;
   const bool in_place = source.dtype == DType::float32 && source.layout == Layout::nhwc;
@@ -368,9 +370,10 @@ inline bool winograd_pass(const Conv2dPlan& plan, const ThreadPool& pool, int64_
                                                      : load_head(bias + k, to - k);
           const float* const tile = products + (run.number + i) * padded_to + k;
           if (in_place) {
-            transform_products(tile, product_step, added, view, y, x + i * kTileSize, k, marks);
+            transform_products(tile, product_step, added, relu, view, y, x + i * kTileSize, k,
+                               marks);
           } else {
-            transform_products(tile, product_step, added, view, 0, i * kTileSize, 0, marks);
+            transform_products(tile, product_step, added, relu, view, 0, i * kTileSize, 0, marks);
           }
         };
         if (in_place) {

@@ -149,6 +149,7 @@ struct DirectRow {
   int64_t out_lane_step;
   int64_t width;  // output columns
   int64_t channels;
+  bool relu = false;
 };
 
 template <class A, int KB, int P>
@@ -173,8 +174,8 @@ __attribute__((noinline)) void direct_span(const DirectRow<A>& row, int64_t k,
     const int64_t at = row.out_at + (k + i) * row.out_channel_step;
     const Vec<A> bias = row.bias != nullptr ? broadcast(row.bias[k + i]) : Vec<A>{};
     for (int p = 0; p < P; ++p) {
-      store_out<A>(row.dtype, row.out, at + start[p] * row.out_lane_step, total[i][p] + bias, count,
-                   row.out_lane_step);
+      store_out<A>(row.dtype, row.out, at + start[p] * row.out_lane_step,
+                   relu_if<A>(row.relu, total[i][p] + bias), count, row.out_lane_step);
     }
   }
 }

@@ -192,11 +192,14 @@ struct PixelsOut {
   int64_t channel_step;
   const PixelTable* table;
   bool streams;  // whole vectors of float32 pixels go past the caches
+  bool relu;
 };
 
 // Writes `count` <= 32 channels of one pixel to element `at`.
 CNNK_INLINE void store_pixel(const PixelsOut& out, int64_t at, int64_t count, Vec<float> low,
                              Vec<float> high) {
+  low = relu_if<float>(out.relu, low);
+  high = relu_if<float>(out.relu, high);
   const int64_t first = std::min<int64_t>(16, count);
   if (out.dtype == DType::float32) {
     float* const to = static_cast<float*>(out.data) + at;
@@ -234,6 +237,7 @@ inline void store_planes_of(const PixelsOut& out, int64_t i, int64_t k, int64_t 
   transpose<float>(rows);
   for (int64_t c = 0; c < channels; ++c) {
     const int64_t plane = (k + c) * out.channel_step;
+    rows[c] = relu_if<float>(out.relu, rows[c]);
     if (group.run) {
       const Vec<float> pixels =
           group.count == kTileRows ? rows[c] : compress_lanes(rows[c], group.somewhere);

@@ -61,6 +61,11 @@ CNNK_INLINE Vec<T> relu(Vec<T> value) {
 }
 
 template <class T>
+CNNK_INLINE Vec<T> relu_if(bool wanted, Vec<T> value) {
+  return wanted ? relu<T>(value) : value;
+}
+
+template <class T>
 CNNK_INLINE Vec<T> lane_numbers() {
   T lanes[kLanes<T>];
   for (int i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(i);
