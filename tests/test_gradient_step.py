@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS, runs_kernel
+from conftest import BACKENDS, ISAS, runs_kernel, set_tier
 from torch import Tensor
 
 from cnnkernels import optim
@@ -128,6 +128,22 @@ def test_results_do_not_depend_on_threads(total: int) -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_step_runs_on_the_tier_of_the_moment(isa: str) -> None:
+    """Tiers round differently: a plan that is kept must not outlive the choice of one."""
+    (param,) = parameters(torch.float32, [(4001,)])
+    param.grad = param.detach().flip(0)
+    optimizer = optim.SimpleGD([param], lr=0.1)
+    results = []
+    for tier in (*ISAS, isa):
+        set_tier(tier)
+        fresh = param.detach().clone().requires_grad_()
+        fresh.grad = param.grad
+        optimizer.step()
+        optim.SimpleGD([fresh], lr=0.1).step()
+        results.append((param.detach().clone(), fresh.detach()))
+    assert all(torch.equal(*pair) for pair in results)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -504,6 +504,13 @@ def _replace_a_group(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> 
     params[0].grad = None
 
 
+def _shorten_a_group(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for param in params[3:]:
+        param.grad = None
+        optimizer.state.pop(param, None)
+    del optimizer.param_groups[0]["params"][3:]
+
+
 def _list_a_parameter_twice(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
     optimizer.param_groups[0]["params"][0] = params[1]
 
@@ -533,6 +540,7 @@ def _change_the_options(optimizer: torch.optim.Optimizer, params: list[Tensor]) 
         _extend_a_group,
         _turn_a_group_around,
         _replace_a_group,
+        _shorten_a_group,
         _list_a_parameter_twice,
         _freeze,
         _change_the_options,
@@ -572,6 +580,48 @@ def test_sgd_with_gradients_that_come_and_go_and_change_their_order(momentum: fl
         results.append((params, optimizer))
     torch.testing.assert_close(results[0][0], results[1][0])
     assert_same_state(results[0][1], results[1][1])
+
+
+def test_sgd_takes_the_buffers_of_their_parameters() -> None:
+    """Parameters of one size, in another order than the state, and in two groups."""
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = [torch.full((3,), float(i), requires_grad=True) for i in range(6)]
+        groups = [{"params": params[2::-1]}, {"params": params[3:], "momentum": 0.5}]
+        optimizer = cls(groups, lr=0.1, momentum=0.9)
+        for step in range(5):
+            for index in (0, 4, 2, 3, 1, 5)[: step + 2]:
+                params[index].grad = torch.full((3,), float(index - step))
+            optimizer.step()
+        _turn_the_state_around(optimizer, params)
+        optimizer.step()
+        buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+        results.append((params, buffers))
+    torch.testing.assert_close(*results)
+
+
+def test_sgd_with_two_dtypes_side_by_side() -> None:
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = [*parameters(torch.float32), *parameters(torch.float64)]
+        optimizer = cls(params, lr=0.1, momentum=0.9)
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+def test_sgd_refuses_a_buffer_of_another_size() -> None:
+    params = [torch.ones(3, requires_grad=True), torch.ones(4, requires_grad=True)]
+    optimizer = optim.SGD(params, lr=0.5, momentum=0.5)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.state[params[0]]["momentum_buffer"] = torch.ones(2)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert all(param.eq(1).all() for param in params)
 
 
 def test_sgd_steps_channels_last_weights_in_place() -> None:
@@ -691,6 +741,25 @@ def test_sgd_in_two_threads() -> None:
         thread.join()
     assert all(param.eq(0.75).all() for param in own)
     assert shared.eq(1).all()
+
+
+def test_sgd_while_another_thread_replaces_the_gradient() -> None:
+    param = torch.ones(1_000_000, requires_grad=True)
+    param.grad = torch.zeros_like(param)
+    optimizer = optim.SGD([param], lr=0.5, momentum=0.5)
+    finished = threading.Event()
+
+    def replace() -> None:
+        while not finished.is_set():
+            param.grad = torch.zeros_like(param)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    for _ in range(100):
+        optimizer.step()
+    finished.set()
+    thread.join()
+    assert param.eq(1).all()
 
 
 class _Log(TorchDispatchMode):

@@ -1,5 +1,6 @@
 // The eager entry points of Python: parse arguments as torch does, then call
-// the dispatcher unboxed. torch.ops costs several times as much a call.
+// the dispatcher unboxed. torch.ops costs several times as much a call. The
+// optimizers' steps go past the dispatcher where it has nothing to decide.
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
