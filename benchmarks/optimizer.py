@@ -1,4 +1,8 @@
-"""The ``optimizer`` suite: one step of gradient descent over the parameters of a network."""
+"""The ``optimizer`` suite: one step of gradient descent over the parameters of a network.
+
+Each row has one peer: torch's default, torch's fused step, and for lists that no cache holds a copy
+of as many bytes as the step must read and write, so that the ratio is our share of the bandwidth.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,8 @@ WEIGHT_DECAY = 5e-4
 TORCH_VARIANTS: dict[str, bool | None] = {"default": None, "fused": True}
 """torch's peers, by the ``fused`` argument of ``torch.optim.SGD``."""
 
+COPY = "copy"
+
 # Two parameter lists take turns, so that consecutive calls do not update the same memory, unless
 # one list is larger than any cache anyway.
 _ROTATION = 2
@@ -42,6 +48,11 @@ class Rule:
     momentum: float
     weight_decay: float
     kernel: str
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of float32: parameter and gradient are read, the parameter is written; a buffer both."""
+        return 20 if self.momentum else 12
 
     def torch(self, fused: bool | None, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """The optimizer of torch for this rule."""
@@ -74,29 +85,40 @@ RULES = (
 
 
 def parameter_lists() -> dict[str, list[Size]]:
-    """The sizes of the parameters of the tutorial's Net, LeNet-5 and ResNet-50."""
+    """The sizes of the parameters of the tutorial's Net, LeNet-5, ResNet-50, and a flat list."""
     return {
         "ch1_net": _lenet_like(kernel_size=3, features=16 * 6 * 6),
         "lenet5": _lenet_like(kernel_size=5, features=16 * 5 * 5),
         "resnet50": _resnet50(),
+        "flat": [(25_000_000,)],
     }
 
 
 def cases(options: Options) -> list[Case]:
-    """A case for each parameter list and rule; without ResNet-50 when quick."""
+    """A case for each parameter list, rule and peer; without the large lists when quick."""
     return [
         Case(
             suite="optimizer",
             name=f"{name} {rule.name}",
             batch=None,
-            mode=STEP,
+            mode=f"{STEP} / {peer}",
             gradients=(),
-            prepare=functools.partial(_workload, rule, sizes, options.seed),
+            prepare=functools.partial(_workload, rule, peer, sizes, options.seed),
         )
+        for peer in (*TORCH_VARIANTS, COPY)
         for name, sizes in parameter_lists().items()
-        if name != "resnet50" or not options.quick
+        if _is_large(sizes) or peer != COPY
+        if not _is_large(sizes) or not options.quick
         for rule in RULES
     ]
+
+
+def _elements(sizes: Sequence[Size]) -> int:
+    return sum(torch.Size(size).numel() for size in sizes)
+
+
+def _is_large(sizes: Sequence[Size]) -> bool:
+    return _elements(sizes) > _LARGE_ELEMENTS
 
 
 def _lenet_like(kernel_size: int, features: int) -> list[Size]:
@@ -119,20 +141,33 @@ def _resnet50() -> list[Size]:
     return [*sizes, (1000, 2048), (1000,)]
 
 
-def _workload(rule: Rule, sizes: Sequence[Size], seed: int) -> Workload:
-    elements = sum(torch.Size(size).numel() for size in sizes)
-    rotation = 1 if elements > _LARGE_ELEMENTS else _ROTATION
-    candidates = [_candidate(OURS, "", rule.ours, sizes, rotation, seed)]
-    for variant, fused in TORCH_VARIANTS.items():
-        make = functools.partial(rule.torch, fused)
-        candidates.append(_candidate(TORCH, variant, make, sizes, rotation, seed))
+def _workload(rule: Rule, peer: str, sizes: Sequence[Size], seed: int) -> Workload:
+    rotation = 1 if _is_large(sizes) else _ROTATION
+    make = functools.partial(rule.torch, TORCH_VARIANTS.get(peer))
+    if peer == COPY:
+        theirs = _copy(rule, make, sizes, seed)
+    else:
+        theirs = _candidate(TORCH, peer, make, sizes, rotation, seed)
     return Workload(
-        candidates=tuple(candidates),
+        candidates=(_candidate(OURS, "", rule.ours, sizes, rotation, seed), theirs),
         reference=lambda index: _steps(
             functools.partial(rule.torch, None), sizes, seed + index, torch.float64
         ),
         inputs=rotation,
         kernels=(rule.kernel,),
+    )
+
+
+def _copy(rule: Rule, make: MakeOptimizer, sizes: Sequence[Size], seed: int) -> Candidate:
+    """A copy that reads and writes as many bytes as the rule; errors are those of ``make``."""
+    source = torch.zeros(_elements(sizes) * rule.bytes_per_parameter // 8)
+    destination = torch.empty_like(source)
+    return Candidate(
+        side=TORCH,
+        layout="",
+        call=lambda index: destination.copy_(source),
+        results=lambda index: _steps(make, sizes, seed + index, torch.float32),
+        variant=COPY,
     )
 
 

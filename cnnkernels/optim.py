@@ -22,11 +22,6 @@ from cnnkernels import _backend, fallback
 __all__ = ["SGD", "SimpleGD"]
 
 
-def _number(value: float | Tensor) -> float:
-    # The sum refuses, as torch does, what float() would parse.
-    return value.item() if isinstance(value, Tensor) else 0.0 + value
-
-
 def _observable(step: Callable[..., Any]) -> Callable[..., Any]:
     """Lets hooks and profilers see a step as torch does, at no cost where there are none.
 
@@ -110,9 +105,10 @@ class SimpleGD(Optimizer):
                 loss = closure()
         library = _backend.native_library()
         for group in self.param_groups:
-            lr = _number(group["lr"])
-            if library is None or not library.gd_step_group(group["params"], lr):
+            if library is None or not library.gd_step_group(group):
                 params = [param for param in group["params"] if param.grad is not None]
+                # The sum refuses, as torch does, what float() would parse.
+                lr = group["lr"].item() if isinstance(group["lr"], Tensor) else 0.0 + group["lr"]
                 with torch.no_grad():
                     fallback.gd_step_(params, [param.grad for param in params], lr)
         return loss
@@ -149,29 +145,17 @@ class SGD(torch.optim.SGD):
             # A GradScaler met an overflow. A kernel would leave the parameters alone too, but not
             # before a first momentum buffer, without contents, has been made.
             return loss
+        grad_scale = getattr(self, "grad_scale", None)
         differentiable = self.defaults["differentiable"]
         library = None if differentiable else _backend.native_library()
         for group in self.param_groups:
-            if library is None or not self._native_step(library, group):
+            # False, and nothing done, where the kernel does not apply.
+            if library is None or not library.sgd_step_group(group, self.state, grad_scale):
                 with torch.set_grad_enabled(differentiable):
                     self._torch_step(group)
         return loss
 
     zero_grad = _zero_grad
-
-    def _native_step(self, library: Any, group: dict[str, Any]) -> bool:
-        """Steps one group with the kernel; False, and nothing done, where that does not apply."""
-        return library.sgd_step_group(
-            group["params"],
-            self.state,
-            _number(group["weight_decay"]),
-            float(group["momentum"]),
-            _number(group["lr"]),
-            float(group["dampening"]),
-            group["nesterov"],
-            group["maximize"],
-            getattr(self, "grad_scale", None),
-        )
 
     def _torch_step(self, group: dict[str, Any]) -> None:
         """Steps one group as torch.optim.SGD does."""

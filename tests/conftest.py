@@ -45,16 +45,19 @@ def runs_kernel(*operators: str) -> Iterator[None]:
 ISAS = _native.library.config()["isas"] if _native.library is not None else ["baseline"]
 
 
+def set_tier(name: str) -> None:
+    """Runs all kernels that follow on this instruction-set tier, if there are any."""
+    if _native.library is not None:
+        _native.library.set_isa(name)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each instruction-set tier of this machine."""
-    if _native.library is None:
-        yield request.param
-        return
-    chosen = _native.library.config()["isa"]
-    _native.library.set_isa(request.param)
+    chosen = "baseline" if _native.library is None else _native.library.config()["isa"]
+    set_tier(request.param)
     yield request.param
-    _native.library.set_isa(chosen)
+    set_tier(chosen)
 
 
 @pytest.fixture

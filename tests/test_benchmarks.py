@@ -35,7 +35,7 @@ from benchmarks.cases import (
 )
 from benchmarks.layers import CONV2D_FILES, read_conv2d_layers, read_max_pool2d_layers
 from benchmarks.operators import CHANNELS_LAST, NCHW
-from benchmarks.optimizer import parameter_lists
+from benchmarks.optimizer import RULES, _workload, parameter_lists
 from benchmarks.picture import write_png
 from benchmarks.report import print_report, summarize, write_json
 from benchmarks.suites import SUITES, all_cases
@@ -116,6 +116,7 @@ class TestShapes:
             "ch1_net": (10, 81_194),
             "lenet5": (10, 61_706),
             "resnet50": (161, 25_557_032),
+            "flat": (1, 25_000_000),
         }
 
 
@@ -346,11 +347,28 @@ class TestSuites:
                 candidate = case.prepare().candidates[0]
                 assert len(candidate.results(0)) == 1 + len(case.gradients), case.name
 
-    def test_optimizer_peers_are_default_and_fused(self):
-        case = all_cases(["optimizer"], Options(quick=True))[0]
-        assert case.mode == STEP
-        peers = {c.label for c in case.prepare().candidates if c.side == TORCH}
-        assert peers == {"default", "fused"}
+    def test_optimizer_rows_have_one_peer_each(self):
+        cases = all_cases(["optimizer"], Options())
+        peers = {case.mode: set() for case in cases}
+        for case in cases:
+            peers[case.mode].add(case.name.split()[0])
+        lists = set(parameter_lists())
+        assert peers == {
+            "step / default": lists,
+            "step / fused": lists,
+            "step / copy": {"resnet50", "flat"},
+        }
+        for case in all_cases(["optimizer"], Options(quick=True)):
+            ours, theirs = case.prepare().candidates
+            assert (ours.side, theirs.side) == (OURS, TORCH)
+            assert case.mode == f"{STEP} / {theirs.label}"
+
+    def test_a_copy_moves_the_bytes_of_a_step(self):
+        sizes = [(3, 5), (5,)]
+        for rule, floats in zip(RULES, (30, 50, 50), strict=True):
+            _, copy = _workload(rule, "copy", sizes, seed=0).candidates
+            assert copy.call(0).numel() == floats
+            assert relative_error(copy.results(0), copy.results(0)) == 0
 
     def test_training_measures_torch_in_both_layouts_and_optimizers(self):
         case = all_cases(["training_step"], Options(batches=(1,)))[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS, runs_kernel
+from conftest import BACKENDS, ISAS, runs_kernel, set_tier
 from torch import Tensor
 
 from cnnkernels import optim
@@ -88,6 +88,64 @@ def test_simple_gd(dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_length_exactly(dtype: torch.dtype) -> None:
+    """Each element once, and nothing beside them: torch's fused step skips 16-bit elements."""
+    border, momentum, lr = 5, 0.5, 0.25
+    lengths = range(1, 201)
+    storages, params = [], []
+    for length in lengths:
+        storage = torch.full((length + 2 * border,), float("nan"), dtype=dtype)
+        storage[border:-border] = torch.arange(length).remainder(7)
+        storages.append(storage)
+        params.append(storage[border:-border].detach().requires_grad_())
+        params[-1].grad = torch.arange(length).remainder(5).to(dtype)
+    optimizer = optim.SGD(params, lr=lr, momentum=momentum)
+    for _ in range(2):
+        with runs_kernel("sgd_step_"):
+            optimizer.step()
+    for length, storage, param in zip(lengths, storages, params, strict=True):
+        gradient = torch.arange(length).remainder(5).double()
+        first = torch.arange(length).remainder(7).double() - lr * gradient
+        velocity = momentum * gradient + gradient
+        assert torch.equal(param.detach().double(), first - lr * velocity)
+        assert torch.equal(optimizer.state[param]["momentum_buffer"].double(), velocity)
+        assert storage[:border].isnan().all()
+        assert storage[-border:].isnan().all()
+
+
+@pytest.mark.parametrize("total", [32_767, 32_768, 32_769, 49_157])
+def test_results_do_not_depend_on_threads(total: int) -> None:
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            params = parameters(torch.float32, [(5,), (total - 1030,), (0,), (1025,)])
+            run(optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01), params)
+            results.append(params)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_step_runs_on_the_tier_of_the_moment(isa: str) -> None:
+    """Tiers round differently: a plan that is kept must not outlive the choice of one."""
+    (param,) = parameters(torch.float32, [(4001,)])
+    param.grad = param.detach().flip(0)
+    optimizer = optim.SimpleGD([param], lr=0.1)
+    results = []
+    for tier in (*ISAS, isa):
+        set_tier(tier)
+        fresh = param.detach().clone().requires_grad_()
+        fresh.grad = param.grad
+        optimizer.step()
+        optim.SimpleGD([fresh], lr=0.1).step()
+        results.append((param.detach().clone(), fresh.detach()))
+    assert all(torch.equal(*pair) for pair in results)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_chunks_and_threads(threads: int) -> None:
     """Lists long enough for parallel chunks, with borders of tensors anywhere in them."""
@@ -142,6 +200,36 @@ def test_saved_parameter_is_noticed() -> None:
         torch.ops.cnnkernels.gd_step_([param], [torch.ones(4)], 0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+@pytest.mark.parametrize("grad_scale", [None, 8.0])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_against_the_operator_of_torch(
+    options: dict[str, Any], first: bool, grad_scale: float | None, found_inf: float | None
+) -> None:
+    """Parameters, gradients, momentum buffers and versions after torch._fused_sgd_ and ours."""
+    settings = {
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "nesterov": False,
+        "maximize": False,
+        "lr": 0.1,
+        **options,
+        "is_first_step": first,
+        "grad_scale": None if grad_scale is None else torch.tensor(grad_scale),
+        "found_inf": None if found_inf is None else torch.tensor(found_inf),
+    }
+    with_buffers = settings["momentum"] != 0
+    results = []
+    for operator in (torch.ops.cnnkernels.sgd_step_, torch._fused_sgd_):
+        generator = torch.Generator().manual_seed(2)
+        lists = [[torch.randn(size, generator=generator) for size in SIZES] for _ in range(3)]
+        operator(lists[0], lists[1], lists[2] if with_buffers else [], **settings)
+        results.append([tensor for tensors in lists for tensor in tensors])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 def test_scaling_and_found_inf() -> None:
@@ -213,3 +301,16 @@ def test_inference_tensors_change_in_inference_mode_only(backend: str) -> None:
     with pytest.raises(RuntimeError, match=r"[Ii]nference"):
         torch.ops.cnnkernels.gd_step_([param], [grad], 0.5)
     assert torch.equal(param, torch.ones(3))
+
+
+@pytest.mark.skipif(BACKENDS[0] != "native", reason="torch's own step crashes there")
+def test_a_parameter_without_memory_is_refused() -> None:
+    params = [torch.ones(3, requires_grad=True), torch.ones(4, requires_grad=True)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = optim.SimpleGD(params, lr=0.5)
+    optimizer.step()
+    params[1].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        optimizer.step()
+    assert params[0].eq(0.5).all()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from conftest import runs_kernel
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnnkernels import optim
 
@@ -426,3 +429,385 @@ def test_a_learning_rate_is_a_number(optimizer: Any) -> None:
     with pytest.raises(TypeError):
         ours.step()
     assert torch.equal(param, torch.ones(2))
+
+
+def _replace_data(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    params[0].data = params[0].detach().clone() * 2
+    params[2].data = params[2].detach().to(memory_format=torch.channels_last)
+
+
+def _shrink_data(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    params[0].data = params[0].detach()[:2].clone()
+    params[0].grad = None
+    if params[0] in optimizer.state:
+        buffer = optimizer.state[params[0]]["momentum_buffer"]
+        optimizer.state[params[0]]["momentum_buffer"] = buffer[:2].clone()
+
+
+def _replace_buffers(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for state in optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].clone() * 0.5
+
+
+def _replace_data_of_buffers(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for state in optimizer.state.values():
+        buffer = state["momentum_buffer"]
+        buffer.data = buffer.clone() * 0.5
+        if buffer.dim() == 4:
+            buffer.data = buffer.data.to(memory_format=torch.channels_last)
+
+
+def _narrow_buffers(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for state in optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].float()
+
+
+def _forget_a_buffer(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.state[params[1]] = {}
+
+
+def _forget_the_state(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.state.clear()
+
+
+def _turn_the_state_around(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    entries = list(optimizer.state.items())
+    optimizer.state.clear()
+    optimizer.state.update(reversed(entries))
+
+
+def _load_state(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    state = copy.deepcopy(optimizer.state_dict())
+    for of_param in state["state"].values():
+        if of_param.get("momentum_buffer") is not None:
+            of_param["momentum_buffer"].mul_(-1)
+    state["param_groups"][0]["lr"] = 0.3
+    optimizer.load_state_dict(state)
+
+
+def _add_a_group(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    params.append(torch.full((6,), 0.5, dtype=torch.float64, requires_grad=True))
+    optimizer.add_param_group({"params": [params[-1]], "lr": 0.7})
+
+
+def _extend_a_group(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    params.insert(0, torch.full((6,), 0.5, dtype=torch.float64, requires_grad=True))
+    optimizer.param_groups[0]["params"].insert(0, params[0])
+
+
+def _turn_a_group_around(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def _replace_a_group(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.param_groups[0]["params"] = params[1:]
+    params[0].grad = None
+
+
+def _shorten_a_group(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for param in params[3:]:
+        param.grad = None
+        optimizer.state.pop(param, None)
+    del optimizer.param_groups[0]["params"][3:]
+
+
+def _list_a_parameter_twice(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.param_groups[0]["params"][0] = params[1]
+
+
+def _freeze(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    params[0].requires_grad_(False)
+    params[0].grad = None
+
+
+def _change_the_options(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.param_groups[0].update(lr=1, weight_decay=torch.tensor(0.5), maximize=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_data,
+        _shrink_data,
+        _replace_buffers,
+        _replace_data_of_buffers,
+        _narrow_buffers,
+        _forget_a_buffer,
+        _forget_the_state,
+        _turn_the_state_around,
+        _load_state,
+        _add_a_group,
+        _extend_a_group,
+        _turn_a_group_around,
+        _replace_a_group,
+        _shorten_a_group,
+        _list_a_parameter_twice,
+        _freeze,
+        _change_the_options,
+    ],
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_takes_up_what_has_changed(
+    momentum: float, change: Callable[[torch.optim.Optimizer, list[Tensor]], None]
+) -> None:
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = parameters()
+        optimizer = cls(params, lr=0.1, momentum=momentum)
+        for step in range(5):
+            if step == 3:
+                change(optimizer, params)
+            set_gradients([p for p in params if p.requires_grad], step)
+            optimizer.step()
+        buffers = [optimizer.state[p].get("momentum_buffer") for p in params]
+        results.append((params, buffers))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_gradients_that_come_and_go_and_change_their_order(momentum: float) -> None:
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = parameters()
+        optimizer = cls(params, lr=0.1, momentum=momentum, weight_decay=0.1)
+        for step in range(8):
+            optimizer.zero_grad(set_to_none=step % 3 != 2)
+            set_gradients(params, step)
+            params[step % 4].grad = None
+            if step % 3 == 0 and params[2].grad is not None:
+                params[2].grad = params[2].grad.to(memory_format=torch.channels_last)
+            optimizer.step()
+        results.append((params, optimizer))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_same_state(results[0][1], results[1][1])
+
+
+def test_sgd_takes_the_buffers_of_their_parameters() -> None:
+    """Parameters of one size, in another order than the state, and in two groups."""
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = [torch.full((3,), float(i), requires_grad=True) for i in range(6)]
+        groups = [{"params": params[2::-1]}, {"params": params[3:], "momentum": 0.5}]
+        optimizer = cls(groups, lr=0.1, momentum=0.9)
+        for step in range(5):
+            for index in (0, 4, 2, 3, 1, 5)[: step + 2]:
+                params[index].grad = torch.full((3,), float(index - step))
+            optimizer.step()
+        _turn_the_state_around(optimizer, params)
+        optimizer.step()
+        buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+        results.append((params, buffers))
+    torch.testing.assert_close(*results)
+
+
+def test_sgd_with_two_dtypes_side_by_side() -> None:
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = [*parameters(torch.float32), *parameters(torch.float64)]
+        optimizer = cls(params, lr=0.1, momentum=0.9)
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+def test_sgd_refuses_a_buffer_of_another_size() -> None:
+    params = [torch.ones(3, requires_grad=True), torch.ones(4, requires_grad=True)]
+    optimizer = optim.SGD(params, lr=0.5, momentum=0.5)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.state[params[0]]["momentum_buffer"] = torch.ones(2)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert all(param.eq(1).all() for param in params)
+
+
+def test_sgd_steps_channels_last_weights_in_place() -> None:
+    weight = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    expected = weight.detach().clone()
+    optimizer = optim.SGD([weight], lr=0.5, momentum=0.5)
+    for velocity in (1.0, 1.5, 1.75):
+        weight.grad = torch.ones_like(weight)
+        with runs_kernel("sgd_step_"):
+            optimizer.step()
+        expected -= 0.5 * velocity
+        torch.testing.assert_close(weight.detach(), expected)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_sgd_that_share_their_parameters() -> None:
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = parameters()
+        optimizers = [
+            cls(params, lr=0.1, momentum=0.9),
+            cls(params, lr=0.2),
+            cls(params[::-1], lr=0.05, momentum=0.5, nesterov=True),
+        ]
+        for step in range(4):
+            set_gradients(params, step)
+            for optimizer in optimizers:
+                optimizer.step()
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+def test_sgd_after_its_network_has_changed_its_dtype() -> None:
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = cls(model.parameters(), lr=0.1)
+        for step in range(4):
+            if step == 2:
+                model.double()
+            set_gradients(list(model.parameters()), step)
+            optimizer.step()
+        results.append(list(model.parameters()))
+    torch.testing.assert_close(*results)
+
+
+def test_sgd_adds_nothing_to_the_optimizer() -> None:
+    """What it keeps from step to step is neither copied nor pickled with it."""
+    attributes = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = parameters()
+        optimizer = cls(params, lr=0.1, momentum=0.9)
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+        attributes.append((vars(optimizer).keys(), optimizer.__getstate__().keys()))
+    assert attributes[0] == attributes[1]
+
+
+@pytest.mark.parametrize("elements", [3, 400_000])
+def test_sgd_keeps_no_tensor_alive(elements: int) -> None:
+    param = torch.zeros(elements, requires_grad=True)
+    optimizer = optim.SGD([param], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        param.grad = torch.ones(elements)
+        optimizer.step()
+    gradient, buffer = (
+        weakref.ref(param.grad),
+        weakref.ref(optimizer.state[param]["momentum_buffer"]),
+    )
+    optimizer.zero_grad()
+    assert gradient() is None
+    optimizer.state.clear()
+    assert buffer() is None
+    optimizer.param_groups[0]["params"].clear()
+    alive = weakref.ref(param)
+    del param
+    assert alive() is None
+    optimizer.step()
+
+
+def test_sgd_lists_follow_one_another_at_the_same_address() -> None:
+    """Whatever is remembered of a list must not be taken for another one's."""
+    for round_ in range(20):
+        sizes = [40_000, 7, 100] if round_ % 2 else [100, 40_000, 7]
+        params = [torch.ones(size, requires_grad=True) for size in sizes]
+        optimizer = optim.SGD(params, lr=0.5, momentum=0.5)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        for param in params:
+            assert param.eq(1 - 0.5 * (1 + 1.5 + 1.75)).all()
+        del optimizer, params, param
+
+
+def test_sgd_in_two_threads() -> None:
+    shared = torch.ones(400_000, requires_grad=True)
+    shared.grad = torch.ones_like(shared)
+    standing = optim.SGD([shared], lr=0.0, momentum=0.5)
+    own = [torch.ones(300_000, requires_grad=True) for _ in range(2)]
+
+    def train(param: Tensor) -> None:
+        optimizer = optim.SGD([param], lr=0.25, momentum=0.5)
+        for _ in range(20):
+            param.grad = torch.zeros_like(param)
+            optimizer.step()
+            standing.step()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    threads = [threading.Thread(target=train, args=(param,)) for param in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(param.eq(0.75).all() for param in own)
+    assert shared.eq(1).all()
+
+
+def test_sgd_while_another_thread_replaces_the_gradient() -> None:
+    param = torch.ones(1_000_000, requires_grad=True)
+    param.grad = torch.zeros_like(param)
+    optimizer = optim.SGD([param], lr=0.5, momentum=0.5)
+    finished = threading.Event()
+
+    def replace() -> None:
+        while not finished.is_set():
+            param.grad = torch.zeros_like(param)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    for _ in range(100):
+        optimizer.step()
+    finished.set()
+    thread.join()
+    assert param.eq(1).all()
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_and_profilers_see_the_operator(backend: str) -> None:
+    params = parameters()
+    optimizer = optim.SGD(params, lr=0.1, momentum=0.9)
+    set_gradients(params, 0)
+    optimizer.step()
+    with _Log() as log:
+        optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    if backend == "native":
+        assert log.names == ["cnnkernels::sgd_step_"]
+        assert "cnnkernels::sgd_step_" in [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_versions_of_buffers_go_up_as_well(momentum: float) -> None:
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    optimizer = optim.SGD([param], lr=0.1, momentum=momentum)
+    optimizer.step()
+    buffer = optimizer.state[param].get("momentum_buffer")
+    versions = (param._version, param.grad._version, buffer._version if momentum else 0)
+    optimizer.step()
+    assert param._version > versions[0]
+    assert param.grad._version == versions[1]
+    assert not momentum or buffer._version > versions[2]
+
+
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "dampening"])
+@pytest.mark.parametrize("value", ["0.1", None, 1j])
+def test_sgd_options_are_numbers(name: str, value: Any, backend: str) -> None:
+    param = torch.ones(2, requires_grad=True)
+    optimizer = optim.SGD([param], lr=0.1, momentum=0.5)
+    param.grad = torch.ones(2)
+    optimizer.param_groups[0][name] = value
+    if backend == "native":
+        with pytest.raises(TypeError):
+            optimizer.step()
+        assert torch.equal(param, torch.ones(2))

@@ -30,9 +30,20 @@ struct StepOptions {
   double grad_scale = 1;
 };
 
+// How a list is cut into tasks: all of its tensors count as one row of elements.
+struct GradientStepPlan {
+  Isa isa = Isa::baseline;
+  int threads = 0;
+  std::vector<int64_t> ends;      // where each tensor ends in the row
+  int64_t elements_per_task = 0;  // all of them where a list is not worth a second thread
+};
+
+// A pure function of its arguments: of the tensors, their counts and which are the same.
+GradientStepPlan plan_gradient_step(const std::vector<StepTensor>& tensors, Isa isa, int threads);
+
 // Arithmetic is in float, in double for float64. Reference: the algorithm box
 // of torch.optim.SGD (Sutskever et al., 2013, for momentum and nesterov).
-void gradient_step(DType dtype, Isa isa, const ThreadPool& pool,
+void gradient_step(DType dtype, const GradientStepPlan& plan, const ThreadPool& pool,
                    const std::vector<StepTensor>& tensors, const StepOptions& options);
 
 }  // namespace cnnkernels

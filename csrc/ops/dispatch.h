@@ -18,12 +18,18 @@ inline bool has_value(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
 }
 
-// The elements to read: a tensor may have lost its storage.
-inline const void* read_data(const at::Tensor& tensor) {
-  const void* const data = tensor.const_data_ptr();
+// The elements to read or to write: a tensor may have lost its storage.
+template <class Data>
+Data* allocated(const at::Tensor& tensor, Data* data) {
   TORCH_CHECK(data != nullptr || tensor.numel() == 0, "a tensor of size ", tensor.sizes(),
               " has elements, but its data is not allocated");
   return data;
+}
+inline const void* read_data(const at::Tensor& tensor) {
+  return allocated(tensor, tensor.const_data_ptr());
+}
+inline void* written_data(const at::Tensor& tensor) {
+  return allocated(tensor, tensor.mutable_data_ptr());
 }
 
 // Finds an operator of this library once, with its C++ signature.

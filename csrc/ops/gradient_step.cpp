@@ -1,8 +1,10 @@
 // gd_step_ and sgd_step_: whole parameter lists in one call.
-#include "kernels/gradient_step.h"
+#include "ops/gradient_step.h"
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
@@ -92,6 +94,12 @@ void composed_step(at::Tensor param, at::Tensor grad, const at::Tensor& buffer,
   param.add_(direction, -options.lr);
 }
 
+// Neither a raw pointer nor an operation below autograd leaves a trace: without this a saved
+// parameter would give wrong gradients in silence.
+void bump_version(c10::TensorImpl* tensor) {
+  if (!tensor->is_inference()) tensor->bump_version();
+}
+
 void step(const char* op, at::TensorList params, at::TensorList grads,
           at::TensorList momentum_buffers, const StepOptions& options,
           std::atomic<int64_t>& calls) {
@@ -99,40 +107,30 @@ void step(const char* op, at::TensorList params, at::TensorList grads,
   check_list(op, "grads", grads, params);
   if (options.momentum != 0) check_list(op, "momentum_buffers", momentum_buffers, params);
   constexpr int kDTypes = 4;
-  std::vector<StepTensor> lists[kDTypes];
+  StepList lists[kDTypes];
+  for (int dtype = 0; dtype < kDTypes; ++dtype) lists[dtype].restart(static_cast<DType>(dtype));
+  std::vector<size_t> composed;
   for (size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& param = params[i];
-    const at::Tensor& grad = grads[i];
-    const at::Tensor buffer = options.momentum != 0 ? momentum_buffers[i] : at::Tensor();
-    const bool native = not_native(param).empty() && not_native(grad).empty() &&
-                        grad.scalar_type() == param.scalar_type() && same_order(param, grad) &&
-                        (!buffer.defined() || (not_native(buffer).empty() &&
-                                               buffer.scalar_type() == param.scalar_type() &&
-                                               same_order(param, buffer)));
-    // Neither a raw pointer nor an operation below autograd leaves a trace:
-    // without this a saved parameter would give wrong gradients in silence.
-    const auto bump = [](const at::Tensor& tensor) {
-      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    const at::Tensor* const buffer = options.momentum != 0 ? &momentum_buffers[i] : nullptr;
+    const auto native = [&](const at::Tensor& other) {
+      return not_native(other).empty() && other.scalar_type() == param.scalar_type() &&
+             same_order(param, other);
     };
-    bump(param);
-    if (buffer.defined()) bump(buffer);
-    if (options.unscale) bump(grad);
-    if (!native) {
-      composed_step(param, grad, buffer, options);
-      continue;
+    if (native(param) && native(grads[i]) && (buffer == nullptr || native(*buffer))) {
+      lists[static_cast<int>(dtype_of(param))].add(param, grads[i], buffer, options.unscale);
+    } else {
+      composed.push_back(i);
     }
-    if (param.numel() == 0) continue;
-    lists[static_cast<int>(dtype_of(param))].push_back(
-        {param.mutable_data_ptr(),
-         options.unscale ? grad.mutable_data_ptr() : const_cast<void*>(read_data(grad)),
-         buffer.defined() ? buffer.mutable_data_ptr() : nullptr, param.numel()});
   }
-  for (int dtype = 0; dtype < kDTypes; ++dtype) {
-    if (lists[dtype].empty()) continue;
-    count(calls);
-    gradient_step(static_cast<DType>(dtype), active_isa(), torch_thread_pool(), lists[dtype],
-                  options);
+  for (const size_t i : composed) {
+    const at::Tensor buffer = options.momentum != 0 ? momentum_buffers[i] : at::Tensor();
+    bump_version(params[i].unsafeGetTensorImpl());
+    if (buffer.defined()) bump_version(buffer.unsafeGetTensorImpl());
+    if (options.unscale) bump_version(grads[i].unsafeGetTensorImpl());
+    composed_step(params[i], grads[i], buffer, options);
   }
+  for (StepList& list : lists) list.step(options, calls);
 }
 
 void gd_step(at::TensorList params, at::TensorList grads, double lr) {
@@ -177,6 +175,77 @@ void autograd_sgd_step(at::TensorList params, at::TensorList grads, at::TensorLi
 }
 
 }  // namespace
+
+void StepList::restart(DType dtype) {
+  planned_ = planned_ && dtype == dtype_;
+  dtype_ = dtype;
+  elements_ = 0;
+  size_ = 0;
+  read_.clear();
+  written_.clear();
+}
+
+void* StepList::data_of(const at::Tensor& tensor, bool written) {
+  (written ? written_ : read_).push_back(tensor.unsafeGetTensorImpl());
+  return written ? written_data(tensor) : const_cast<void*>(read_data(tensor));
+}
+
+void StepList::add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* buffer,
+                   bool unscale) {
+  const StepTensor tensor = {data_of(param, true), data_of(grad, unscale),
+                             buffer != nullptr ? data_of(*buffer, true) : nullptr, param.numel()};
+  elements_ += tensor.count;
+  if (size_ == tensors_.size()) {
+    planned_ = false;
+    tensors_.push_back(tensor);
+  } else {
+    const StepTensor& before = tensors_[size_];
+    planned_ = planned_ && tensor.param == before.param && tensor.count == before.count;
+    tensors_[size_] = tensor;
+  }
+  ++size_;
+}
+
+std::vector<at::Tensor> StepList::references() const {
+  std::vector<at::Tensor> result;
+  result.reserve(read_.size() + written_.size());
+  for (const auto* const tensors : {&read_, &written_}) {
+    for (c10::TensorImpl* const tensor : *tensors) {
+      result.emplace_back(
+          c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(tensor));
+    }
+  }
+  return result;
+}
+
+void StepList::step(const StepOptions& options, std::atomic<int64_t>& calls) {
+  for (c10::TensorImpl* const tensor : written_) bump_version(tensor);
+  if (elements_ == 0) return;
+  const ThreadPool pool = torch_thread_pool();
+  const Isa isa = active_isa();
+  if (!planned_ || size_ != tensors_.size() || plan_.isa != isa || plan_.threads != pool.threads) {
+    tensors_.resize(size_);
+    plan_ = plan_gradient_step(tensors_, isa, pool.threads);
+    planned_ = true;
+  }
+  count(calls);
+  gradient_step(dtype_, plan_, pool, tensors_, options);
+}
+
+bool is_ordinary_step(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* buffer) {
+  static const c10::DispatchKeySet ordinary = at::empty({0}, at::kCPU).key_set();
+  const auto like_param = [&](const at::Tensor& other) {
+    return other.key_set() == ordinary && other.scalar_type() == param.scalar_type() &&
+           other.sizes() == param.sizes() && same_order(param, other);
+  };
+  return param.key_set() == ordinary && like_param(grad) &&
+         (buffer == nullptr || like_param(*buffer));
+}
+
+bool operators_are_observed() {
+  return c10::impl::tls_local_dispatch_key_set().included_ != c10::default_included_set ||
+         at::hasCallbacks();
+}
 
 TORCH_LIBRARY_IMPL(cnnkernels, CompositeExplicitAutograd, m) {
   m.impl("gd_step_", gd_step);

@@ -1,13 +1,17 @@
 // The eager entry points of Python: parse arguments as torch does, then call
-// the dispatcher unboxed. torch.ops costs several times as much a call.
+// the dispatcher unboxed. torch.ops costs several times as much a call. The
+// optimizers' steps go past the dispatcher where it has nothing to decide.
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <unordered_map>
+
 #include "kernels/workspace.h"
 #include "ops/arguments.h"
+#include "ops/gradient_step.h"
 #include "ops/operators.h"
 #include "ops/result_memory.h"
 
@@ -179,6 +183,163 @@ at::Tensor conv2d_relu_max_pool2d(py::handle input, py::handle weight, py::handl
                                      pool_ceil_mode);
 }
 
+// A number of a parameter group. The sum refuses, as torch does, what float() would parse.
+double number_argument(py::handle value) {
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
+  const bool plain = PyLong_CheckExact(value.ptr());
+  const double number =
+      PyFloat_AsDouble(plain ? value.ptr() : py::object(py::float_(0.0) + value).ptr());
+  if (number == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return number;
+}
+
+// An entry of a dict under one of the names below; null where there is none.
+PyObject* find(py::handle dict, PyObject* name) {
+  PyObject* const value = PyDict_GetItemWithError(dict.ptr(), name);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// A parameter group of torch.optim.SGD, or one with a learning rate alone.
+class Group {
+ public:
+  explicit Group(const py::dict& group) : group_(group) {}
+
+  py::list params() const {
+    static PyObject* const name = interned("params");
+    return py::list(py::reinterpret_borrow<py::object>(get(name)));
+  }
+
+  double lr() const {
+    static PyObject* const name = interned("lr");
+    return number_argument(get(name));
+  }
+
+  StepOptions sgd_options() const {
+    static PyObject* const momentum = interned("momentum");
+    static PyObject* const dampening = interned("dampening");
+    static PyObject* const weight_decay = interned("weight_decay");
+    static PyObject* const nesterov = interned("nesterov");
+    static PyObject* const maximize = interned("maximize");
+    StepOptions options;
+    options.lr = lr();
+    options.momentum = number_argument(get(momentum));
+    options.dampening = number_argument(get(dampening));
+    options.weight_decay = number_argument(get(weight_decay));
+    options.nesterov = truth(get(nesterov));
+    options.maximize = truth(get(maximize));
+    return options;
+  }
+
+ private:
+  py::handle get(PyObject* name) const {
+    PyObject* const value = find(group_, name);
+    if (value == nullptr) throw py::key_error(py::cast<std::string>(name));
+    return value;
+  }
+
+  static bool truth(py::handle value) {
+    const int result = PyObject_IsTrue(value.ptr());
+    if (result < 0) throw py::error_already_set();
+    return result == 1;
+  }
+
+  const py::dict& group_;
+};
+
+// Momentum buffers are where torch.optim.SGD keeps them: in
+// state[param]["momentum_buffer"], from the parameter's first gradient on.
+PyObject* momentum_buffer_name() {
+  static PyObject* const name = interned("momentum_buffer");
+  return name;
+}
+
+// Finds momentum buffers without running any Python code, as the hash of a tensor would. The
+// state is in the order of first gradients, mostly that of the parameters, so that each search
+// begins behind what the last one found.
+class MomentumBuffers {
+ public:
+  explicit MomentumBuffers(py::handle state)
+      : state_(state && PyDict_Check(state.ptr()) ? state.ptr() : nullptr) {}
+
+  // Null where there is none, or not where it is expected.
+  const at::Tensor* of(PyObject* param) {
+    if (state_ == nullptr) return nullptr;
+    PyObject *key, *value;
+    for (int round = 0; round < 2; ++round) {
+      while (PyDict_Next(state_, &at_, &key, &value)) {
+        if (key == param) return tensor_in(value);
+      }
+      at_ = 0;
+    }
+    return nullptr;
+  }
+
+ private:
+  static const at::Tensor* tensor_in(PyObject* of_param) {
+    if (!PyDict_Check(of_param)) return nullptr;
+    PyObject* const buffer = find(of_param, momentum_buffer_name());
+    if (buffer == nullptr || !THPVariable_CheckExact(buffer)) return nullptr;
+    return &THPVariable_Unpack(buffer);
+  }
+
+  PyObject* const state_;
+  Py_ssize_t at_ = 0;
+};
+
+// Steps a group whose tensors are all ordinary ones and have the momentum buffers that they need:
+// every step but the first. Otherwise returns false, and has changed nothing.
+bool ordinary_step(const py::list& params, py::handle state, const StepOptions& options,
+                   std::atomic<int64_t>& calls) {
+  // The lists of the last groups, by the address of their parameters, which is no more than a
+  // hint: what is found there is checked, and made anew where it does not fit.
+  constexpr size_t kGroups = 64;
+  static auto& lists = *new std::unordered_map<const PyObject*, StepList>;
+  if (operators_are_observed()) return false;
+  if (lists.size() > kGroups) lists.clear();
+  // Taken out: while the interpreter is released another thread may step the same group.
+  StepList list = std::move(lists[params.ptr()]);
+  MomentumBuffers buffers(state);
+  const at::Tensor* first = nullptr;
+  const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* const key = PyList_GET_ITEM(params.ptr(), i);
+    if (!THPVariable_CheckExact(key)) return false;
+    const at::Tensor& param = THPVariable_Unpack(key);
+    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+    if (!grad.defined()) {
+      if (!param.is_leaf()) return false;  // which deserves torch's warning
+      continue;
+    }
+    const at::Tensor* const buffer = options.momentum != 0 ? buffers.of(key) : nullptr;
+    if (options.momentum != 0 && buffer == nullptr) return false;
+    if (!is_ordinary_step(param, grad, buffer)) return false;
+    if (first == nullptr) {
+      if (!not_native(param).empty()) return false;
+      first = &param;
+      list.restart(dtype_of(param));
+    }
+    if (param.scalar_type() != first->scalar_type()) return false;
+    list.add(param, grad, buffer, options.unscale);
+  }
+  if (first == nullptr) return true;
+  // A short step takes no longer than many a call that keeps the interpreter, which spares it
+  // the references.
+  constexpr int64_t kShortElements = 256 * 1024;
+  if (list.elements() < kShortElements) {
+    list.step(options, calls);
+  } else {
+    const std::vector<at::Tensor> references = list.references();
+    const py::gil_scoped_release no_gil;
+    list.step(options, calls);
+  }
+  lists[params.ptr()] = std::move(list);
+  return true;
+}
+
 // The tensors of a parameter group that have a gradient, and those gradients.
 struct GroupTensors {
   std::vector<py::handle> keys;  // the parameters as the optimizer's state knows them
@@ -209,32 +370,41 @@ struct GroupTensors {
 };
 
 // Both return false, and change nothing, where the kernels do not apply.
-bool gd_step_group(const py::list& group, double lr) {
-  const GroupTensors tensors("gd_step_", group);
+bool gd_step_group(const py::dict& group_dict) {
+  const Group group(group_dict);
+  const py::list params = group.params();
+  StepOptions options;
+  options.lr = group.lr();
+  if (ordinary_step(params, py::handle(), options, kernel_calls().gd_step)) return true;
+  const GroupTensors tensors("gd_step_", params);
   if (!tensors.native()) return false;
   const py::gil_scoped_release no_gil;
   const at::NoGradGuard no_grad;
-  ops::gd_step_(tensors.params, tensors.grads, lr);
+  ops::gd_step_(tensors.params, tensors.grads, options.lr);
   return true;
 }
 
-// Momentum buffers are where torch.optim.SGD keeps them: in
-// state[param]["momentum_buffer"], from the parameter's first gradient on.
-bool sgd_step_group(const py::list& group, const py::object& state, double weight_decay,
-                    double momentum, double lr, double dampening, bool nesterov, bool maximize,
-                    py::handle grad_scale) {
+bool sgd_step_group(const py::dict& group_dict, const py::object& state, py::handle grad_scale) {
   const char* const op = "sgd_step_";
-  const GroupTensors tensors(op, group);
-  if (!tensors.native()) return false;
+  const Group group(group_dict);
+  const py::list params = group.params();
   const std::optional<at::Tensor> scale = optional_tensor(op, "grad_scale", grad_scale);
+  StepOptions options = group.sgd_options();
+  if (scale.has_value()) {
+    options.unscale = true;
+    options.grad_scale = scale->item<double>();
+  }
+  if (ordinary_step(params, state, options, kernel_calls().sgd_step)) return true;
+  const GroupTensors tensors(op, params);
+  if (!tensors.native()) return false;
   struct Lists {
     std::vector<at::Tensor> params, grads, buffers;
   } first, later;
   std::vector<py::object> first_states;
-  const py::str name("momentum_buffer");
+  const py::handle name = momentum_buffer_name();
   for (size_t i = 0; i < tensors.params.size(); ++i) {
     Lists* lists = &later;
-    if (momentum != 0) {
+    if (options.momentum != 0) {
       const py::object of_param = state[tensors.keys[i]];
       const py::object buffer = of_param.attr("get")(name);
       if (buffer.is_none()) {
@@ -253,8 +423,9 @@ bool sgd_step_group(const py::list& group, const py::object& state, double weigh
     const at::NoGradGuard no_grad;
     for (const Lists* lists : {&later, &first}) {
       if (lists->params.empty()) continue;
-      ops::sgd_step_(lists->params, lists->grads, lists->buffers, weight_decay, momentum, lr,
-                     dampening, nesterov, maximize, lists == &first, scale, std::nullopt);
+      ops::sgd_step_(lists->params, lists->grads, lists->buffers, options.weight_decay,
+                     options.momentum, options.lr, options.dampening, options.nesterov,
+                     options.maximize, lists == &first, scale, std::nullopt);
     }
   }
   for (size_t i = 0; i < first_states.size(); ++i) first_states[i][name] = first.buffers[i];

@@ -438,7 +438,7 @@ void check_gradient_step(Random& random) {
                       options.momentum != 0 ? last[0]->data() : nullptr,
                       element_count(tensors.param.shape)});
     }
-    gradient_step(dtype, isa, pool, list, options);
+    gradient_step(dtype, plan_gradient_step(list, isa, pool.threads), pool, list, options);
     for (size_t i = 0; i < after.size(); ++i) {
       expect_holds(*memory[3 * i], after[i].param, "parameter");
       expect_holds(*memory[3 * i + 1], after[i].grad, "gradient");

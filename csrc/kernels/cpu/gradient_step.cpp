@@ -1,24 +1,49 @@
 #include "kernels/gradient_step.h"
 
-namespace cnnkernels {
-namespace {
-
-constexpr int64_t kSerialElements = 64 * 1024;
-constexpr int64_t kChunkElements = 4 * 1024;
-
-}  // namespace
-}  // namespace cnnkernels
+#include <algorithm>
 
 #define CNNK_TIER_SOURCE "kernels/cpu/gradient_step.inl"
 #include "kernels/cpu/for_each_tier.h"
 
 namespace cnnkernels {
+namespace {
 
-void gradient_step(DType dtype, Isa isa, const ThreadPool& pool,
+// A thread that has this much to do saves more than it takes to hand it over.
+constexpr int64_t kTaskElements = 16 * 1024;
+// Tasks begin on pages of their own, wherever a tensor begins on one.
+constexpr int64_t kTaskMultiple = 1024;
+
+bool has_repeats(const std::vector<StepTensor>& tensors) {
+  std::vector<const void*> params;
+  params.reserve(tensors.size());
+  for (const StepTensor& tensor : tensors) {
+    if (tensor.count != 0) params.push_back(tensor.param);
+  }
+  std::sort(params.begin(), params.end());
+  return std::adjacent_find(params.begin(), params.end()) != params.end();
+}
+
+}  // namespace
+
+GradientStepPlan plan_gradient_step(const std::vector<StepTensor>& tensors, Isa isa, int threads) {
+  GradientStepPlan plan;
+  plan.isa = isa;
+  plan.threads = threads;
+  plan.ends.reserve(tensors.size());
+  int64_t total = 0;
+  for (const StepTensor& tensor : tensors) plan.ends.push_back(total += tensor.count);
+  // A tensor listed twice is stepped twice, one step after the other.
+  const int64_t tasks =
+      has_repeats(tensors) ? 1 : std::clamp<int64_t>(total / kTaskElements, 1, threads);
+  plan.elements_per_task = tasks == 1 ? total : round_up(ceil_div(total, tasks), kTaskMultiple);
+  return plan;
+}
+
+void gradient_step(DType dtype, const GradientStepPlan& plan, const ThreadPool& pool,
                    const std::vector<StepTensor>& tensors, const StepOptions& options) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    CNNK_TIER_FUNCTION(isa, step<T>)(pool, tensors, options);
+    CNNK_TIER_FUNCTION(plan.isa, step<T>)(plan, pool, tensors, options);
   });
 }
 

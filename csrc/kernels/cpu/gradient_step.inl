@@ -3,8 +3,9 @@
 // 20 with momentum). Which terms exist is a template argument, so that plain
 // gradient descent compiles to one multiply-add an element.
 
+// `options` is a copy: a reference would be read again after every store.
 template <class T, bool WithMomentum, bool Nesterov>
-void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const StepOptions& options) {
+void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const StepOptions options) {
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<A>;
   T* const param = static_cast<T*>(tensor.param);
@@ -17,13 +18,15 @@ void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const Step
   const A grad_scale = static_cast<A>(options.grad_scale);
   const A sign = options.maximize ? A{-1} : A{1};
   const bool decays = options.weight_decay != 0;
+  const bool first_step = options.first_step;
+  const bool unscale = options.unscale;
 
-  const auto update = [&](Vec<A>& p, Vec<A>& g, Vec<A>& m) {
-    if (options.unscale) g = g / grad_scale;
+  const auto update = [=](Vec<A>& p, Vec<A>& g, Vec<A>& m) {
+    if (unscale) g = g / grad_scale;
     Vec<A> direction = g * sign;
     if (decays) direction += p * weight_decay;
     if constexpr (WithMomentum) {
-      m = options.first_step ? direction : m * momentum + direction * undamped;
+      m = first_step ? direction : m * momentum + direction * undamped;
       direction = Nesterov ? direction + m * momentum : m;
     }
     p -= direction * lr;
@@ -35,52 +38,41 @@ void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const Step
     Vec<A> g = load_widened(grad + i);
     Vec<A> m{};
     if constexpr (WithMomentum) {
-      if (!options.first_step) m = load_widened(buffer + i);
+      if (!first_step) m = load_widened(buffer + i);
     }
     update(p, g, m);
     store_narrowed(param + i, p);
     if constexpr (WithMomentum) store_narrowed(buffer + i, m);
-    if (options.unscale) store_narrowed(grad + i, g);
+    if (unscale) store_narrowed(grad + i, g);
   }
   if (i < end) {
     const int64_t count = end - i;
-    Vec<A> p = load_first(param + i, count, A{0});
-    Vec<A> g = load_first(grad + i, count, A{0});
+    Vec<A> p = load_head(param + i, count);
+    Vec<A> g = load_head(grad + i, count);
     Vec<A> m{};
     if constexpr (WithMomentum) {
-      if (!options.first_step) m = load_first(buffer + i, count, A{0});
+      if (!first_step) m = load_head(buffer + i, count);
     }
     update(p, g, m);
-    store_first(param + i, p, count);
-    if constexpr (WithMomentum) store_first(buffer + i, m, count);
-    if (options.unscale) store_first(grad + i, g, count);
+    store_head(param + i, p, count);
+    if constexpr (WithMomentum) store_head(buffer + i, m, count);
+    if (unscale) store_head(grad + i, g, count);
   }
 }
 
-inline bool has_repeats(const std::vector<StepTensor>& tensors) {
-  std::vector<const void*> params;
-  params.reserve(tensors.size());
-  for (const StepTensor& tensor : tensors) params.push_back(tensor.param);
-  std::sort(params.begin(), params.end());
-  return std::adjacent_find(params.begin(), params.end()) != params.end();
-}
-
 template <class T>
-void step(const ThreadPool& pool, const std::vector<StepTensor>& tensors,
-          const StepOptions& options) {
+void step(const GradientStepPlan& plan, const ThreadPool& pool,
+          const std::vector<StepTensor>& tensors, const StepOptions& options) {
   const auto run = options.momentum == 0 ? &step_range<T, false, false>
                    : options.nesterov    ? &step_range<T, true, true>
                                          : &step_range<T, true, false>;
-  std::vector<int64_t> ends;  // where each tensor ends in the list's elements
-  ends.reserve(tensors.size());
-  int64_t total = 0;
-  for (const StepTensor& tensor : tensors) ends.push_back(total += tensor.count);
-  // A tensor listed twice is stepped twice, one step after the other.
-  const bool serial = total < kSerialElements || has_repeats(tensors);
-  // Chunks of a few pages, so that a task starts on its own cache lines.
-  parallel_for(pool, ceil_div(total, kChunkElements), serial, [&](int64_t begin, int64_t end) {
-    int64_t at = begin * kChunkElements;
-    const int64_t stop = std::min(total, end * kChunkElements);
+  const std::vector<int64_t>& ends = plan.ends;
+  const int64_t total = ends.empty() ? 0 : ends.back();
+  if (total == 0) return;
+  const int64_t tasks = ceil_div(total, plan.elements_per_task);
+  parallel_for(pool, tasks, tasks == 1, [&](int64_t begin, int64_t end) {
+    int64_t at = begin * plan.elements_per_task;
+    const int64_t stop = std::min(total, end * plan.elements_per_task);
     size_t i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
     for (; at < stop; ++i) {
       const int64_t start = ends[i] - tensors[i].count;
