@@ -146,13 +146,29 @@ class _Tracer(fx.Tracer):
             self.ends[output.node] = (method, line - frame.f_code.co_firstlineno, column)
         return output
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The stand-in for a value, with one for shapes that knows their length."""
+        return (_Value if _shape_length(node) is None else _Shape)(node, self)
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterates over shapes too, which are taken to be those of batches of images."""
-        length = _shape_length(obj.node)
-        if length is None:
-            return super().iter(obj)
-        shape: Any = obj
-        return iter([shape[index] for index in range(length)])
+        """Iterates over shapes too."""
+        if isinstance(obj, _Shape):
+            return iter([obj[index] for index in range(len(obj))])  # type: ignore[index]
+        return super().iter(obj)
+
+
+class _Value(fx.Proxy):
+    def __getattr__(self, k: str) -> Any:
+        if k == "shape":  # at once, where torch.fx waits for what is done with it
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
+
+
+class _Shape(_Value):
+    def __len__(self) -> int:
+        length = _shape_length(self.node)
+        assert length is not None
+        return length
 
 
 def _end_of_call(frame: FrameType) -> tuple[int, int] | None:
@@ -165,7 +181,7 @@ def _end_of_call(frame: FrameType) -> tuple[int, int] | None:
 
 
 def _shape_length(node: fx.Node) -> int | None:
-    """The number of elements of a shape or of a slice of one; None for any other value."""
+    """The length of a shape, of images in a batch, or of a slice of one; None for other values."""
     if node.op == "call_method" and node.target == "size" and len(node.args) == 1:
         return None if node.kwargs else _IMAGES_RANK
     if node.op != "call_function":
