@@ -25,6 +25,7 @@ from cnnkernels import _calls
 from cnnkernels.nn import Conv2d
 
 _IMAGES_RANK = 4
+_Place = tuple[str, int, str]
 
 
 class Site(NamedTuple):
@@ -96,8 +97,9 @@ def _copy_without_data(model: torch.nn.Module) -> torch.nn.Module:
 def _sites(module: torch.nn.Module, without_data: torch.nn.Module) -> frozenset[Site]:
     tracer = _Tracer(type(module))
     parameters = inspect.signature(type(module).forward).parameters.values()
-    # An argument that has a default is given it: forwards branch on those.
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    # Forwards branch on arguments that need not be given: they are given their defaults.
+    simple = (bool, int, float, str, type(None))
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, simple)}
     try:
         graph = tracer.trace(without_data, defaults)
         return frozenset(
@@ -118,12 +120,12 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.ends: dict[fx.Node, tuple[str, int, int]] = {}
         """For a node that calls a module: the method, and the first fields of a :class:`Site`."""
-        self._methods: dict[CodeType, str] = {}
+        self._methods: dict[_Place, str] = {}
         for name in dir(cls):
             function = inspect.getattr_static(cls, name)
             if isinstance(function, FunctionType) and not hasattr(torch.nn.Module, name):
-                self._methods[function.__code__] = name
-        self._methods[cls.forward.__code__] = "forward"
+                self._methods[_place(function.__code__)] = name
+        self._methods[_place(cls.forward.__code__)] = "forward"
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         """Inner modules are traced by themselves."""
@@ -137,12 +139,12 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         output = super().call_module(m, forward, args, kwargs)
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code not in self._methods:
+        while frame is not None and _place(frame.f_code) not in self._methods:
             frame = frame.f_back
         end = frame and _end_of_call(frame)
         if frame is not None and end is not None:
             line, column = end
-            method = self._methods[frame.f_code]
+            method = self._methods[_place(frame.f_code)]
             self.ends[output.node] = (method, line - frame.f_code.co_firstlineno, column)
         return output
 
@@ -169,6 +171,11 @@ class _Shape(_Value):
         length = _shape_length(self.node)
         assert length is not None
         return length
+
+
+def _place(code: CodeType) -> _Place:
+    """Where a code is from; torch.fx runs a ``forward`` with keywords in a changed copy."""
+    return code.co_filename, code.co_firstlineno, code.co_name
 
 
 def _end_of_call(frame: FrameType) -> tuple[int, int] | None:
