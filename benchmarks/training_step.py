@@ -44,10 +44,19 @@ class Net(nn.Module):
         """Logits of shape (N, 10) for images of shape (N, 1, 32, 32)."""
         x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = x.view(-1, 16 * 6 * 6)
+        x = x.view(-1, self.num_flat_features(x))
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
-        return self.fc3(x)
+        x = self.fc3(x)
+        return x
+
+    def num_flat_features(self, x: Tensor) -> int:
+        """The number of features of an image, for features of shape (N, ...)."""
+        size = x.size()[1:]
+        num_features = 1
+        for s in size:
+            num_features *= s
+        return num_features
 
 
 def sequential_net() -> nn.Module:
@@ -69,8 +78,12 @@ def sequential_net() -> nn.Module:
 
 
 def cases(options: Options) -> list[Case]:
-    """For each batch, the converted ``nn.Sequential`` and the unmodified Net under ``patch()``."""
-    workloads = {"ch1_net converted": _converted, "ch1_net patched": _patched}
+    """For each batch, the sequence and the Net converted, and the Net under ``patch()``."""
+    workloads = {
+        "ch1_net converted": _converted,
+        "ch1_net functions converted": _functions_converted,
+        "ch1_net patched": _patched,
+    }
     return [
         Case(
             suite="training_step",
@@ -91,6 +104,19 @@ def _converted(batch: int, seed: int) -> Workload:
         make_ours=lambda: cnnkernels.replace_modules(sequential_net(), fuse=True),
         make_torch=sequential_net,
         layouts=(NCHW, CHANNELS_LAST),
+        context=contextlib.nullcontext,
+        kernels=("conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward", "sgd_step_"),
+        batch=batch,
+        seed=seed,
+    )
+
+
+def _functions_converted(batch: int, seed: int) -> Workload:
+    """``replace_modules(fuse=True)`` of the chapter's Net; its ``view`` admits no channels_last."""
+    return _workload(
+        make_ours=lambda: cnnkernels.replace_modules(Net(), fuse=True),
+        make_torch=Net,
+        layouts=(NCHW,),
         context=contextlib.nullcontext,
         kernels=("conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward", "sgd_step_"),
         batch=batch,

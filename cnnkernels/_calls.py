@@ -1,4 +1,4 @@
-"""What a rewritten ``forward`` calls in place of a convolution, its ReLU and its pooling.
+"""What rewritten methods call in place of a convolution, its ReLU and its pooling.
 
 ``pool(relu(conv(x)))`` becomes ``max_pool2d(pool, relu_(relu, conv2d(conv, x)))``, with the names
 of this module: each function is given what the code was about to call. A convolution that may be
@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_exporting
+from torch._C import _disabled_torch_function_impl
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import has_torch_function_variadic
 
 from cnnkernels import functional
 from cnnkernels.nn import Conv2d, MaxPool2d
@@ -38,10 +37,7 @@ def conv2d(module: Any, input: Any, /) -> Any:
         is_plain(module, Conv2d)
         and module.padding_mode == "zeros"
         and isinstance(input, Tensor)
-        and (
-            not has_torch_function_variadic(input, module.weight, module.bias)
-            or is_exporting()  # which watches all functions with a mode
-        )
+        and not any(map(_overrides_functions, (input, module.weight, module.bias)))
     ):
         return Deferred(module, input)
     return module(input)
@@ -56,24 +52,49 @@ def relu(function: Any, value: Any, /, *args: Any, **kwargs: Any) -> Any:
     return function(value, *args, **kwargs)
 
 
+def conv2d_relu(function: Any, value: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """``function(value, ...)``, together with what is put off if it is a ReLU."""
+    output = relu(function, value, *args, **kwargs)
+    return _with_relu(output) if type(output) is Deferred else output
+
+
 def max_pool2d(function: Any, value: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``function(value, ...)``, together with what is put off if it is a max pooling."""
     if type(value) is Deferred:
         pool = pool_arguments(function, args, kwargs)
         if pool is not None:
-            conv = value.conv
-            return functional.conv2d_relu_max_pool2d(
-                value.input,
-                conv.weight,
-                conv.bias,
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                conv.groups,
-                **pool,
-            )
-        value = F.relu(value.conv(value.input))
+            return functional.conv2d_relu_max_pool2d(*_convolution(value), **pool)
+        value = _with_relu(value)
     return function(value, *args, **kwargs)
+
+
+def _with_relu(value: Deferred) -> Tensor:
+    return functional.conv2d_relu(*_convolution(value))
+
+
+def _convolution(value: Deferred) -> tuple[Any, ...]:
+    """The arguments of the convolution, as those of :func:`cnnkernels.functional.conv2d`."""
+    conv = value.conv
+    return (
+        value.input,
+        conv.weight,
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
+
+
+def _overrides_functions(tensor: Tensor | None) -> bool:
+    """Whether it is of a class that might treat a ReLU in another way than torch.
+
+    What a mode for functions would do is not asked: one is active where there is a default device,
+    while torch.export traces, and not in a checkpoint's second forward when it was in the first.
+    """
+    if tensor is None or type(tensor) is Tensor:
+        return False
+    return type(tensor).__torch_function__ is not _disabled_torch_function_impl
 
 
 def is_plain(module: Any, cls: type[torch.nn.Module]) -> bool:

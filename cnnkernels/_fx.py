@@ -1,4 +1,4 @@
-"""Finds, with torch.fx, where a ``forward`` calls a convolution, then a ReLU, then a pooling.
+"""Finds, with torch.fx, where a ``forward`` calls a convolution, a ReLU and perhaps a pooling.
 
 Only the places are taken from the trace. The traced graph is never run: it is one of several ways
 through ``forward``, with all that Python decided or did on the way burnt in or lost.
@@ -67,7 +67,7 @@ def _may_have_sites(module: torch.nn.Module) -> bool:
     forward = inspect.getattr_static(type(module), "forward", None)
     return (
         isinstance(forward, FunctionType)
-        and not forward.__module__.startswith(("torch.", "cnnkernels."))
+        and not (forward.__module__ or "").startswith(("torch.", "cnnkernels."))
         and "forward" not in vars(module)
         and any(_calls.is_plain(inner, Conv2d) for inner in module.modules())
     )
@@ -210,7 +210,7 @@ def _joined(node: fx.Node, module: torch.nn.Module) -> str | None:
         return None
     pool = _only_user(relu)
     if pool is None or _calls.pool_arguments(*_call(pool, module)) is None:
-        return None
+        return "conv2d_relu"
     return "max_pool2d"
 
 

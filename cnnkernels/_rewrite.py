@@ -1,4 +1,4 @@
-"""Rewrites methods, so that a convolution, a ReLU and a pooling in a row become one call.
+"""Rewrites methods, so that a convolution, a ReLU and a pooling in a row are computed as one.
 
 ``F.max_pool2d(F.relu(self.conv(x)), 2)`` in a method's source becomes, in a subclass that takes the
 class's place, ``max_pool2d(F.max_pool2d, relu(F.relu, conv2d(self.conv, x)), 2)`` of
@@ -213,12 +213,15 @@ class _Joiner:
         if len(conv.args) != 1 or isinstance(conv.args[0], ast.Starred) or conv.keywords:
             return False
         relu = self._next_call(conv)
-        pool = relu and self._next_call(relu)
-        if relu is None or pool is None:
+        if relu is None:
             return False
+        pool = self._next_call(relu) if joined == "max_pool2d" else None
         _pass_to("conv2d", conv)
-        _pass_to("relu", relu)
-        _pass_to(joined, pool)
+        if pool is None:
+            _pass_to("conv2d_relu", relu)
+        else:
+            _pass_to("relu", relu)
+            _pass_to("max_pool2d", pool)
         return True
 
     def _next_call(self, value: ast.expr) -> ast.Call | None:

@@ -23,6 +23,7 @@ from conftest import runs_kernel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 from cnnkernels import functional, nn, replace_modules
 
@@ -34,16 +35,19 @@ pytestmark = [
 ]
 
 INPUT = torch.randn(2, 3, 10, 11, generator=torch.Generator().manual_seed(5))
-BLOCK = "conv2d_relu_max_pool2d"
+BLOCK, PAIR = "conv2d_relu_max_pool2d", "conv2d_relu"
 
 
 @contextlib.contextmanager
-def joins(count: int) -> Iterator[None]:
-    """Asserts how many blocks run as one operator."""
-    block = functional.conv2d_relu_max_pool2d
-    with mock.patch.object(functional, BLOCK, side_effect=block) as joined:
+def joins(blocks: int, pairs: int = 0) -> Iterator[None]:
+    """Asserts how many blocks, and how many pairs of convolution and ReLU, run as one operator."""
+    block, relu = functional.conv2d_relu_max_pool2d, functional.conv2d_relu
+    with (
+        mock.patch.object(functional, BLOCK, side_effect=block) as joined_blocks,
+        mock.patch.object(functional, PAIR, side_effect=relu) as joined_pairs,
+    ):
         yield
-    assert joined.call_count == count
+    assert (joined_blocks.call_count, joined_pairs.call_count) == (blocks, pairs)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -73,15 +77,15 @@ class Parts(torch.nn.Module):
         self.seen: list[Tensor] = []
 
 
-JOINED: list[tuple[type[Parts], int]] = []
+JOINED: list[tuple[type[Parts], int, int]] = []
 APART: list[type[Parts]] = []
 
 
-def joined(count: int) -> Callable[[type[Parts]], type[Parts]]:
-    """Marks a class in whose forward so many blocks are joined."""
+def joined(blocks: int, pairs: int = 0) -> Callable[[type[Parts]], type[Parts]]:
+    """Marks a class in whose forward so many blocks and pairs are joined."""
 
     def mark(cls: type[Parts]) -> type[Parts]:
-        JOINED.append((cls, count))
+        JOINED.append((cls, blocks, pairs))
         return cls
 
     return mark
@@ -269,6 +273,23 @@ class SideEffects(Parts):
         return x * self.calls
 
 
+@joined(0, 3)
+class Pairs(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = F.relu(x)
+        y = F.relu(self.again(x), inplace=True)
+        return self.norm(x + y + self.again(x).relu_())
+
+
+@joined(1, 1)
+class Residual(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        y = self.pool(F.relu(self.again(x)))
+        return y + self.pool(x)
+
+
 @apart
 class UsedTwice(Parts):
     def forward(self, x: Tensor) -> Tensor:
@@ -276,14 +297,14 @@ class UsedTwice(Parts):
         return self.pool(F.relu(h)) + self.pool(h)
 
 
-@apart
+@joined(0, 1)
 class ReluUsedTwice(Parts):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.conv(x))
         return self.pool(h) + h.mean()
 
 
-@apart
+@joined(0, 1)
 class Returned(Parts):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = F.relu(self.conv(x))
@@ -296,13 +317,13 @@ class Walrus(Parts):
         return self.pool(F.relu(h := self.conv(x))) + h.sum()
 
 
-@apart
+@joined(0, 1)
 class SecondArgument(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(x[:1, :1] > 0, F.relu(self.conv(x)), 0.0)
 
 
-@apart
+@joined(0, 2)
 class Indices(Parts):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y, indices = F.max_pool2d(F.relu(self.conv(x)), 2, return_indices=True)
@@ -315,7 +336,7 @@ class OtherActivations(Parts):
         return self.pool(F.relu6(self.conv(x))) + self.pool(F.leaky_relu(self.conv(x)))
 
 
-@apart
+@joined(0, 1)
 class OtherPools(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(F.relu(self.conv(x)), 2) + F.adaptive_max_pool2d(self.conv(x), 1)
@@ -340,7 +361,7 @@ class InATry(Parts):
         return h
 
 
-@apart
+@joined(0, 1)
 class InAWith(Parts):
     def forward(self, x: Tensor) -> Tensor:
         h = x
@@ -350,7 +371,7 @@ class InAWith(Parts):
         return h
 
 
-@apart
+@joined(0, 1)
 class Between(Parts):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.conv(x))
@@ -358,7 +379,7 @@ class Between(Parts):
         return self.pool(h)
 
 
-@apart
+@joined(0, 1)
 class EvaluatedBefore(Parts):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -366,7 +387,7 @@ class EvaluatedBefore(Parts):
         return x.mul_(0).sum() + self.pool(h)
 
 
-@apart
+@joined(0, 1)
 class ArgumentsThatCompute(Parts):
     def forward(self, x: Tensor) -> Tensor:
         h = x.clone()
@@ -377,7 +398,7 @@ class ArgumentsThatCompute(Parts):
         return 2
 
 
-@apart
+@joined(0, 1)
 class Locals(Parts):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.conv(x))
@@ -385,7 +406,7 @@ class Locals(Parts):
         return y + locals()["h"].sum()
 
 
-@apart
+@joined(0, 1)
 class Closure(Parts):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.conv(x))
@@ -393,7 +414,7 @@ class Closure(Parts):
         return y + (lambda: h.sum())()
 
 
-@apart
+@joined(0, 1)
 class Deleted(Parts):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.conv(x))
@@ -481,8 +502,8 @@ def name_of(value: Any) -> str | None:
     return getattr(value, "__name__", None)
 
 
-@pytest.mark.parametrize(("cls", "count"), JOINED, ids=name_of)
-def test_joined(cls: type[Parts], count: int) -> None:
+@pytest.mark.parametrize(("cls", "blocks", "pairs"), JOINED, ids=name_of)
+def test_joined(cls: type[Parts], blocks: int, pairs: int) -> None:
     theirs, ours = cls(), cls()
     ours.load_state_dict(theirs.state_dict())
     names, modules = [name for name, _ in ours.named_modules()], list(ours.modules())
@@ -501,12 +522,17 @@ def test_joined(cls: type[Parts], count: int) -> None:
     replace_modules(ours)
     assert type(ours) is converted
 
-    expected = gradients(theirs, INPUT)
-    with joins(count), runs_kernel(BLOCK):
-        results = gradients(ours, INPUT)
-    assert_same(results, expected)
-    with joins(count):
-        assert_same(ours.eval()(INPUT), theirs.eval()(INPUT))
+    kernels = [BLOCK] * (blocks > 0) + [PAIR] * (pairs > 0)
+    with torch.no_grad():  # some change what a backward needs
+        expected = theirs(INPUT.clone())
+        with joins(blocks, pairs), runs_kernel(*kernels):
+            assert_same(ours(INPUT.clone()), expected)
+    if cls not in (Between, EvaluatedBefore, ArgumentsThatCompute):
+        expected = gradients(theirs, INPUT)
+        with joins(blocks, pairs):
+            assert_same(gradients(ours, INPUT), expected)
+    with torch.no_grad():
+        assert_same(ours.eval()(INPUT.clone()), theirs.eval()(INPUT.clone()))
 
 
 @pytest.mark.parametrize("cls", APART, ids=name_of)
@@ -676,7 +702,7 @@ def test_hooks_set_later_run(name: str, kind: str) -> None:
     hook = lambda *_: calls.append(name)  # noqa: E731
     handle = getattr(ours.get_submodule(name), f"register_{kind}_hook")(hook)
     images = INPUT.clone().requires_grad_()
-    with joins(0):
+    with joins(0, name == "pool"):
         output = ours(images)
     output.sum().backward()
     assert calls == [name]
@@ -705,7 +731,7 @@ class Doubled(torch.nn.Module):
 
 
 def circular(model: Parts) -> None:
-    model.conv = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
+    model.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
 
 
 def of_ones_own(model: Parts) -> None:
@@ -713,23 +739,26 @@ def of_ones_own(model: Parts) -> None:
     model.conv.forward = lambda x: -plain(x)
 
 
-LATER: dict[str, tuple[Callable[[Any], Any], int]] = {
-    "another convolution": (lambda m: setattr(m, "conv", copy.deepcopy(m.again)), 1),
-    "a plain convolution": (lambda m: setattr(m, "conv", torch.nn.Conv2d(3, 4, 5)), 0),
-    "another kind of module": (lambda m: setattr(m, "conv", torch.nn.Conv2d(3, 2, 1).double()), 0),
-    "circular padding": (circular, 0),
-    "a forward of its own": (of_ones_own, 0),
-    "another activation": (lambda m: setattr(m, "relu", torch.nn.GELU()), 0),
-    "another pool": (lambda m: setattr(m, "pool", torch.nn.AvgPool2d(2)), 0),
-    "another pool size": (lambda m: setattr(m.pool, "kernel_size", 3), 1),
-    "pruned": (lambda m: prune.random_unstructured(m.conv, "weight", 0.5), 0),
+LATER: dict[str, tuple[Callable[[Any], Any], int, int]] = {
+    "another convolution": (lambda m: setattr(m, "conv", nn.Conv2d(3, 5, 3)), 1, 0),
+    "a plain convolution": (lambda m: setattr(m, "conv", torch.nn.Conv2d(3, 4, 5)), 0, 0),
+    "circular padding": (circular, 0, 0),
+    "a forward of its own": (of_ones_own, 0, 0),
+    "another activation": (lambda m: setattr(m, "relu", torch.nn.GELU()), 0, 0),
+    "another pool": (lambda m: setattr(m, "pool", torch.nn.AvgPool2d(2)), 0, 1),
+    "another pool size": (lambda m: setattr(m.pool, "kernel_size", 3), 1, 0),
+    "indices": (lambda m: setattr(m.pool, "return_indices", True), 0, 1),
+    "pruned": (lambda m: prune.random_unstructured(m.conv, "weight", 0.5), 0, 0),
     "parametrized": (
         lambda m: parametrize.register_parametrization(m.conv, "weight", Doubled()),
         0,
+        0,
     ),
-    "weight norm": (lambda m: torch.nn.utils.parametrizations.weight_norm(m.conv), 0),
-    "other weights": (lambda m: m.load_state_dict(replaced_weights(m)), 1),
-    "a deleted bias": (lambda m: setattr(m.conv, "bias", None), 1),
+    "spectral norm": (lambda m: torch.nn.utils.parametrizations.spectral_norm(m.conv), 0, 0),
+    "weight norm": (lambda m: torch.nn.utils.parametrizations.weight_norm(m.conv), 0, 0),
+    "other weights": (lambda m: m.load_state_dict(replaced_weights(m)), 1, 0),
+    "no bias": (lambda m: setattr(m.conv, "bias", None), 1, 0),
+    "compiled": (lambda m: m.conv.compile(backend="eager"), 0, 0),
 }
 
 
@@ -740,18 +769,14 @@ def replaced_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("change", LATER)
 def test_changes_made_later_hold(change: str) -> None:
     ours, theirs = pair(Modules)
-    make, count = LATER[change]
-    images = INPUT
+    make, blocks, pairs = LATER[change]
     for model in (ours, theirs):
         torch.manual_seed(1)
-        if change == "another convolution":
-            model.again = nn.Conv2d(3, 5, 3)
         make(model)
-    if change == "another kind of module":
-        ours.double(), theirs.double()
-        images = images.double()
-    with joins(count):
-        assert_same(ours(images), theirs(images))
+    for _ in range(2):  # some change with every call
+        with joins(blocks, pairs):
+            output = ours(INPUT)
+        assert_same(output, theirs(INPUT))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -860,7 +885,7 @@ def test_closures_and_defaults() -> None:
         assert_same(ours(INPUT), theirs(INPUT))
         assert_same(ours(INPUT, 1, size=3, a=4), theirs(INPUT, 1, size=3, a=4))
     pool = F.avg_pool2d
-    with joins(0):
+    with joins(0, 1):
         assert_same(ours(INPUT), theirs(INPUT))
 
 
@@ -956,6 +981,14 @@ def test_a_subclass_of_tensor_sees_all_functions() -> None:
     output = ours(INPUT.as_subclass(Watched))
     assert {"conv2d", "relu"} <= set(Watched.functions)
     assert_same(output.as_subclass(Tensor), theirs(INPUT))
+
+
+def test_a_checkpoint_under_a_default_device() -> None:
+    ours, theirs = pair(Functions)
+    with torch.device("cpu"), joins(2):  # its mode is not active in the backward
+        output = checkpoint(ours, INPUT, use_reentrant=False)
+        results = torch.autograd.grad(output.sum(), [ours.conv.weight])
+    assert_same(results, torch.autograd.grad(theirs(INPUT).sum(), [theirs.conv.weight]))
 
 
 def test_torch_fx_traces_what_was_written() -> None:
