@@ -75,8 +75,9 @@ def _may_be_subclassed(cls: type) -> bool:
 
 def _subclass(cls: type[torch.nn.Module], namespace: dict[str, Any]) -> type[torch.nn.Module]:
     metaclass: Any = type(cls)
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return metaclass(cls.__name__, (cls,), names | namespace)
+    own = ("__module__", "__qualname__", "__doc__", "__annotations__")
+    shown = {name: value for name, value in vars(cls).items() if name in own}
+    return metaclass(cls.__name__, (cls,), {**shown, "__qualname__": cls.__qualname__, **namespace})
 
 
 def _reduce_ex(self: torch.nn.Module, protocol: int) -> Any:
@@ -99,7 +100,7 @@ def _rewritten(function: FunctionType, sites: set[Site]) -> FunctionType | None:
         # All that the file holds: what a name means to the compiler is decided out there.
         tree = ast.parse("".join(inspect.findsource(function)[0]))
         original = _code_like(function.__code__, _compiled(tree, function))
-    except (OSError, TypeError, SyntaxError):  # there is no source
+    except (OSError, TypeError, SyntaxError, ValueError, RecursionError):  # there is no source
         return None
     definition = _definition(function.__code__, tree)
     if definition is None or original is None or not _is_same(original, function.__code__):
@@ -279,8 +280,9 @@ class _Joiner:
 
     def _is_only_local(self, name: str) -> bool:
         """Whether no other scope, and no function that looks at the scope, sees the variable."""
+        watchers = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe"}
         is_local = name in self._code.co_varnames and name not in self._code.co_cellvars
-        return is_local and not {"locals", "vars", "dir", "eval", "exec"} & {*self._code.co_names}
+        return is_local and watchers.isdisjoint(self._code.co_names)
 
     def _may_resume_after_an_exception(
         self, statement: ast.stmt, parents: dict[ast.AST, ast.AST]
@@ -345,11 +347,11 @@ def _block_and_following(
 
 
 def _reads(node: ast.AST, name: str) -> int:
-    """How often a variable is read, or deleted, in there."""
-    return sum(
-        isinstance(inner, ast.Name) and inner.id == name and not isinstance(inner.ctx, ast.Store)
-        for inner in ast.walk(node)
-    )
+    """How often a variable is read, changed or deleted, and not just written, in there."""
+    inside = list(ast.walk(node))
+    changed = [inner.target for inner in inside if isinstance(inner, ast.AugAssign)]
+    names = [inner for inner in inside if isinstance(inner, ast.Name) and inner.id == name]
+    return sum(inner in changed or not isinstance(inner.ctx, ast.Store) for inner in names)
 
 
 def _replace_child(parent: ast.AST, child: ast.AST, new: ast.AST) -> None:
