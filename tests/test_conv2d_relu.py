@@ -140,18 +140,22 @@ def test_infinity_and_nan(
             assert torch.equal(ours.isposinf(), truth.isposinf())
 
 
-def test_winograd_tells_minus_infinity_before_it_is_clipped() -> None:
-    """The sums of a patch would spread it over a tile, where finite results are."""
-    for memory_format in FORMATS:
-        shape = CASES["winograd"][1]
-        x, w, _ = case_arguments(shape, torch.float32, memory_format, bias=False)
-        assert x is not None
-        assert w is not None
-        w = w.abs()
-        x[1, 2, 5, 6] = -torch.inf
-        ours = functional.conv2d_relu(x, w, padding=1)
-        expected = F.relu(F.conv2d(x.double(), w.double(), padding=1))
-        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_winograd_tells_an_overflow_before_it_is_clipped(
+    memory_format: torch.memory_format,
+) -> None:
+    """The sum of two pixels of a patch is infinite, times a negative weight minus infinity."""
+    x, w, _ = case_arguments(CASES["winograd"][1], torch.float32, memory_format, bias=False)
+    assert x is not None
+    assert w is not None
+    x.zero_()
+    w.zero_()
+    x[:, :, 0, :3] = torch.tensor([-2e38, 2e38, 2e38])
+    w[:, :, 0] = torch.tensor([-1e-4, 2.5e-5, 2.5e-5])
+    ours = functional.conv2d_relu(x, w)
+    expected = F.relu(F.conv2d(x.double(), w.double()))
+    assert (expected[:, :, 0, 0] > 0).all()
+    torch.testing.assert_close(ours, expected.float())
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -196,9 +200,9 @@ def compare_with_torch(arguments: list[Tensor | None], options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_and_gradients(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    shapes = SHAPES + [shape for _, shape in ALGORITHMS.values()]
+    shapes = SHAPES[2:] + [shape for _, shape in ALGORITHMS.values()]  # but the largest two
     for number, shape in enumerate(shapes):
         arguments = integers(shape, dtype, memory_format, bias=number % 3 != 0)
         compare_with_torch(arguments, shape[-1], f"{shape} {dtype} {memory_format}")
