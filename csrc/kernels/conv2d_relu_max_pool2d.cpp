@@ -1,9 +1,11 @@
 #include "kernels/conv2d_relu_max_pool2d.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cpu/conv2d_direct.h"
 #include "kernels/cpu/conv2d_relu_max_pool2d.h"
+#include "kernels/workspace.h"
 
 namespace cnnkernels {
 
@@ -14,12 +16,59 @@ bool pools_in_registers(const MaxPool2dProblem& window) {
          2 * window.out_height <= window.in_height && 2 * window.out_width <= window.in_width;
 }
 
+namespace {
+
+// Images whose convolution outputs are kept at a time: as many as a second-level
+// cache holds, and at least one.
+int64_t images_per_stage(const Conv2dProblem& conv) {
+  constexpr int64_t kStageBytes = 1024 * 1024;
+  const int64_t image =
+      conv.out_channels * conv.out_height * conv.out_width * element_size(conv.dtype);
+  return std::clamp<int64_t>(kStageBytes / std::max<int64_t>(1, image), 1,
+                             std::max<int64_t>(1, conv.batch));
+}
+
+// A convolution whose cheapest forward is one that only it has.
+bool stage_pays(const Conv2dReluMaxPool2dProblem& problem, Isa isa, int threads) {
+  const ConvAlgorithm algorithm = plan_conv2d(problem.conv, isa, threads).algorithm;
+  if (algorithm == ConvAlgorithm::direct) return false;
+  return algorithm != ConvAlgorithm::outer_product || !pools_in_registers(problem.pool);
+}
+
+// Winners are few, at most one in a window, but each is multiplied alone, by runs
+// of a patch that few channels do not fill; rows of windows multiply the outputs
+// that did not win as well. Where channels are many the weights' totals leave the
+// first-level cache, and a dense gradient has all products at the speed of the
+// convolution.
+BlockBackward choose_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa) {
+  constexpr int64_t kManyChannels = 16;
+  constexpr int64_t kWinnerCycles = 10;  // to find one, and its patch
+  const Conv2dProblem& conv = problem.conv;
+  const int64_t channels = conv.in_channels / conv.groups;
+  if (channels >= kManyChannels) return BlockBackward::dense;
+  if (!pools_in_registers(problem.pool) || problem.pool.outputs() == 0) {
+    return BlockBackward::winners;
+  }
+  const int64_t lanes = vector_bytes(isa) / accumulator_size(conv.dtype);
+  const int64_t vectors = ceil_div(problem.pool.out_width, lanes);
+  const int64_t patch_vectors = conv.kernel_height * ceil_div(conv.kernel_width * channels, lanes);
+  // Four products a tap and channel, two a cycle, of a vector of windows.
+  const int64_t row_cycles = 2 * conv.kernel_height * conv.kernel_width * channels * vectors;
+  return row_cycles < (kWinnerCycles + patch_vectors) * problem.pool.out_width
+             ? BlockBackward::windows
+             : BlockBackward::winners;
+}
+
+}  // namespace
+
 Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& problem,
                                            ConvAlgorithm algorithm, Isa isa, int threads) {
   const MaxPool2dProblem& window = problem.pool;
   Conv2dReluMaxPool2dPlan plan;
   static_cast<Conv2dPlan&>(plan) = plan_forward(problem.conv, algorithm, isa, threads);
   plan.pool_in_registers = pools_in_registers(window);
+  plan.staged = false;
+  plan.backward = choose_backward(problem, isa);
   if (algorithm == ConvAlgorithm::outer_product) {
     plan.rows_per_task =
         plan.weights_first ? window.out_height : std::max<int64_t>(1, plan.rows_per_task / 2);
@@ -47,6 +96,16 @@ Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& pro
 
 Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dProblem& problem,
                                                     Isa isa, int threads) {
+  if (stage_pays(problem, isa, threads)) {
+    Conv2dProblem stage = problem.conv;
+    stage.batch = images_per_stage(problem.conv);
+    Conv2dReluMaxPool2dPlan plan;
+    static_cast<Conv2dPlan&>(plan) = plan_conv2d(stage, isa, threads);
+    plan.pool_in_registers = false;
+    plan.staged = true;
+    plan.backward = choose_backward(problem, isa);
+    return plan;
+  }
   ConvAlgorithm algorithm = ConvAlgorithm::direct;
   if (pools_in_registers(problem.pool)) {
     algorithm =
@@ -55,10 +114,43 @@ Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dPro
   return plan_block_forward(problem, algorithm, isa, threads);
 }
 
+namespace {
+
+void staged_forward(const Conv2dReluMaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
+                    const void* input, const void* weight, const void* bias, void* output,
+                    void* argmax) {
+  Conv2dProblem conv = problem.conv;
+  MaxPool2dProblem window = problem.pool;
+  conv.relu = true;
+  const int64_t size = element_size(conv.dtype);
+  const int64_t images = images_per_stage(problem.conv);
+  const int64_t input_bytes = conv.in_channels * conv.in_height * conv.in_width * size;
+  const int64_t stage_bytes = conv.out_channels * conv.out_height * conv.out_width * size;
+  const int64_t outputs = window.channels * window.out_height * window.out_width;
+  const int64_t argmax_bytes = outputs * (window.compact_argmax() ? 1 : 4);
+  const Workspace stage(images * stage_bytes);
+  const auto at = [](auto* data, int64_t bytes) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>,
+                                    const char, char>;
+    return data == nullptr ? nullptr : static_cast<Byte*>(data) + bytes;
+  };
+  for (int64_t n = 0; n < problem.conv.batch; n += images) {
+    conv.batch = window.batch = std::min(images, problem.conv.batch - n);
+    conv2d_forward(conv, isa, pool, at(input, n * input_bytes), weight, bias, stage.as<char>());
+    max_pool2d_forward(window, isa, pool, stage.as<char>(), at(output, n * outputs * size),
+                       at(argmax, n * argmax_bytes), true);
+  }
+}
+
+}  // namespace
+
 void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem,
                                     const Conv2dReluMaxPool2dPlan& plan, const ThreadPool& pool,
                                     const void* input, const void* weight, const void* bias,
                                     void* output, void* argmax) {
+  if (plan.staged) {
+    return staged_forward(problem, plan.isa, pool, input, weight, bias, output, argmax);
+  }
   const auto run = plan.algorithm == ConvAlgorithm::direct
                        ? conv2d_relu_max_pool2d_direct_forward
                        : conv2d_relu_max_pool2d_outer_product_forward;
@@ -72,12 +164,32 @@ void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem, I
                                  pool, input, weight, bias, output, argmax);
 }
 
-void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
-                                     const ThreadPool& pool, const void* grad_output,
-                                     const void* input, const void* weight, const void* argmax,
-                                     void* grad_input, void* grad_weight, void* grad_bias) {
-  conv2d_relu_max_pool2d_winners_backward(problem, isa, pool, grad_output, input, weight, argmax,
-                                          grad_input, grad_weight, grad_bias);
+int64_t block_backward_scratch_bytes(const Conv2dReluMaxPool2dProblem& problem,
+                                     const Conv2dReluMaxPool2dPlan& plan) {
+  if (plan.backward != BlockBackward::dense) return 0;
+  const Conv2dProblem& conv = problem.conv;
+  return conv.batch * conv.out_channels * conv.out_height * conv.out_width *
+         element_size(conv.dtype);
+}
+
+void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem,
+                                     const Conv2dReluMaxPool2dPlan& plan, const ThreadPool& pool,
+                                     const void* grad_output, const void* input, const void* weight,
+                                     const void* argmax, void* grad_input, void* grad_weight,
+                                     void* grad_bias, void* scratch) {
+  if (plan.backward == BlockBackward::dense) {
+    max_pool2d_backward(problem.pool, plan.isa, pool, grad_output, argmax, scratch);
+    return conv2d_backward(problem.conv, plan.isa, pool, scratch, input, weight, grad_input,
+                           grad_weight, grad_bias);
+  }
+  if (plan.backward == BlockBackward::windows && (grad_weight != nullptr || grad_bias != nullptr)) {
+    conv2d_relu_max_pool2d_window_gradient(problem, plan.isa, pool, grad_output, input, argmax,
+                                           grad_weight, grad_bias);
+    if (grad_input == nullptr) return;
+    grad_weight = grad_bias = nullptr;
+  }
+  conv2d_relu_max_pool2d_winners_backward(problem, plan.isa, pool, grad_output, input, weight,
+                                          argmax, grad_input, grad_weight, grad_bias);
 }
 
 }  // namespace cnnkernels

@@ -14,9 +14,30 @@ struct Conv2dReluMaxPool2dProblem {
   MaxPool2dProblem pool;
 };
 
+enum class BlockBackward : uint8_t {
+  winners,  // each with its patch: conv2d_relu_max_pool2d_backward.inl
+  windows,  // the same, but of weights by rows of windows: ..._weight_gradient.inl
+  dense,    // through the gradient of the convolution's output and its own algorithms
+};
+
+inline const char* backward_name(BlockBackward backward) {
+  switch (backward) {
+    case BlockBackward::winners:
+      return "winners";
+    case BlockBackward::windows:
+      return "windows";
+    default:
+      return "dense";
+  }
+}
+
 // rows_per_task counts pooled rows.
 struct Conv2dReluMaxPool2dPlan : Conv2dPlan {
   bool pool_in_registers;  // 2x2 windows at stride 2 close without leaving registers
+  // The convolution of some images by its own plan, then their pooling, while
+  // they are in a cache: where the cheapest algorithm pools nothing itself.
+  bool staged;
+  BlockBackward backward;
 };
 
 // The outer product does only what pools in registers.
@@ -40,11 +61,16 @@ void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem,
                                     const void* input, const void* weight, const void* bias,
                                     void* output, void* argmax);
 
+// What the backward needs for the gradient of the convolution's output.
+int64_t block_backward_scratch_bytes(const Conv2dReluMaxPool2dProblem& problem,
+                                     const Conv2dReluMaxPool2dPlan& plan);
+
 // Any of the three gradients may be null. The
 // argmax is that of the forward pass: windows that the ReLU clips pass none.
-void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
-                                     const ThreadPool& pool, const void* grad_output,
-                                     const void* input, const void* weight, const void* argmax,
-                                     void* grad_input, void* grad_weight, void* grad_bias);
+void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem,
+                                     const Conv2dReluMaxPool2dPlan& plan, const ThreadPool& pool,
+                                     const void* grad_output, const void* input, const void* weight,
+                                     const void* argmax, void* grad_input, void* grad_weight,
+                                     void* grad_bias, void* scratch);
 
 }  // namespace cnnkernels

@@ -101,8 +101,10 @@ void with_tap(const MaxPool2dProblem& problem, Body&& body) {
 }
 
 // argmax may be null; else it is uint8_t* or int32_t*, as compact_argmax() says.
+// `clips`: windows whose maximum is not positive have no winner, as those of a
+// ReLU's result.
 void max_pool2d_forward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
-                        const void* input, void* output, void* argmax);
+                        const void* input, void* output, void* argmax, bool clips = false);
 
 // Adds each output gradient to its window's winner, if it has one; writes all of
 // grad_input.

@@ -246,11 +246,17 @@ ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const auto data = [](const at::Tensor& tensor) {
     return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
   };
+  const ThreadPool pool = torch_thread_pool();
+  const Conv2dReluMaxPool2dPlan plan =
+      plan_conv2d_relu_max_pool2d(problem, active_isa(), pool.threads);
+  const int64_t scratch_bytes = block_backward_scratch_bytes(problem, plan);
+  at::Tensor scratch;
+  if (scratch_bytes > 0) scratch = empty_cpu({scratch_bytes}, at::kByte);
   count(kernel_calls().conv2d_relu_max_pool2d_backward);
-  conv2d_relu_max_pool2d_backward(problem, active_isa(), torch_thread_pool(),
-                                  read_data(gradient_values), read_data(source),
-                                  read_data(weight_values), read_data(argmax_values),
-                                  data(grad_input), data(grad_weight), data(grad_bias));
+  conv2d_relu_max_pool2d_backward(problem, plan, pool, read_data(gradient_values),
+                                  read_data(source), read_data(weight_values),
+                                  read_data(argmax_values), data(grad_input), data(grad_weight),
+                                  data(grad_bias), data(scratch));
   return {unbatched(grad_input, dimensions), grad_weight, grad_bias};
 }
 

@@ -609,6 +609,8 @@ py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py:
   result["rows_per_task"] = plan.rows_per_task;
   result["channels_per_task"] = plan.channels_per_task;
   result["pool_in_registers"] = plan.pool_in_registers;
+  result["staged"] = plan.staged;
+  result["backward"] = backward_name(plan.backward);
   result["workspace_bytes"] = plan.workspace_bytes;
   result["flops"] = 2 * problem.conv.multiply_adds();
   return result;

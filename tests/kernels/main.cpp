@@ -350,17 +350,30 @@ void check_block(Random& random) {
     });
   }
   for_each_run(context, [&](Isa isa, const ThreadPool& pool) {
-    const Memory values(element, shape, strides);
-    const Memory taps(tap_element, shape, strides);
-    conv2d_relu_max_pool2d_forward(p, isa, pool, input.data(), weight.data(), bias_data,
-                                   values.data(), taps.data());
-    expect_holds(values, pooled.values, "output");
-    expect_holds(taps, winning_taps, "argmax");
-    const GradientMemory to(random, element, tensors);
-    conv2d_relu_max_pool2d_backward(p, isa, pool, grad_out.data(), input.data(), weight.data(),
-                                    argmax.data(), to.input_data(), to.weight_data(),
-                                    to.bias_data());
-    to.expect_all(gradients);
+    const Conv2dReluMaxPool2dPlan chosen = plan_conv2d_relu_max_pool2d(p, isa, pool.threads);
+    for (const bool staged : {false, true}) {
+      Conv2dReluMaxPool2dPlan plan = chosen;
+      if (chosen.staged && !staged) continue;  // its algorithm may be none of the block's own
+      plan.staged = staged;
+      const Memory values(element, shape, strides);
+      const Memory taps(tap_element, shape, strides);
+      conv2d_relu_max_pool2d_forward(p, plan, pool, input.data(), weight.data(), bias_data,
+                                     values.data(), taps.data());
+      expect_holds(values, pooled.values, "output");
+      expect_holds(taps, winning_taps, "argmax");
+    }
+    for (const BlockBackward backward :
+         {BlockBackward::winners, BlockBackward::windows, BlockBackward::dense}) {
+      if (backward == BlockBackward::windows && !pools_in_registers(p.pool)) continue;
+      Conv2dReluMaxPool2dPlan plan = chosen;
+      plan.backward = backward;
+      std::vector<char> scratch(static_cast<size_t>(block_backward_scratch_bytes(p, plan)));
+      const GradientMemory to(random, element, tensors);
+      conv2d_relu_max_pool2d_backward(p, plan, pool, grad_out.data(), input.data(), weight.data(),
+                                      argmax.data(), to.input_data(), to.weight_data(),
+                                      to.bias_data(), scratch.data());
+      to.expect_all(gradients);
+    }
   });
 }
 

@@ -1,6 +1,8 @@
 // The CPU entry points of the fused block; see the .inl files for the ideas.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/conv2d_relu_max_pool2d.h"
 
 namespace cnnkernels {
@@ -23,5 +25,17 @@ void conv2d_relu_max_pool2d_winners_backward(const Conv2dReluMaxPool2dProblem& p
                                              const void* input, const void* weight,
                                              const void* argmax, void* grad_input,
                                              void* grad_weight, void* grad_bias);
+
+// The gradients of weight and bias, either of which may be null. Needs
+// pools_in_registers.
+void conv2d_relu_max_pool2d_window_gradient(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                                            const ThreadPool& pool, const void* grad_output,
+                                            const void* input, const void* argmax,
+                                            void* grad_weight, void* grad_bias);
+
+// Slices of the batch with totals of their own: the problem's, not the threads'.
+inline int64_t window_gradient_slices(const Conv2dReluMaxPool2dProblem& problem) {
+  return std::min<int64_t>(problem.conv.batch, 16);
+}
 
 }  // namespace cnnkernels

@@ -10,6 +10,7 @@
 // from there as max_pool2d_forward.inl does.
 
 #include "kernels/cpu/direct_tile.inl"
+#include "kernels/cpu/max_pool2d_argmax.inl"
 #include "kernels/cpu/max_pool2d_row.inl"
 #include "kernels/cpu/pack_planes.inl"
 #include "kernels/cpu/widened_weights.inl"

@@ -6,6 +6,7 @@
 // with outer products, narrow rows cost nothing and nothing is packed for want
 // of stride.
 
+#include "kernels/cpu/max_pool2d_argmax.inl"
 #include "kernels/cpu/max_pool2d_row.inl"
 #include "kernels/cpu/outer_product_pass.inl"
 

@@ -10,6 +10,7 @@
 // first-level cache, with an argmax beside them that no tap equals. NHWC:
 // vectors along the channels, read where they lie.
 
+#include "kernels/cpu/max_pool2d_argmax.inl"
 #include "kernels/cpu/max_pool2d_row.inl"
 
 // A window over a position: where its gradient lies, and the tap by which it covers.
@@ -59,15 +60,6 @@ inline AxisCovers row_covers(const MaxPool2dProblem& problem, int64_t window_row
 
 // Refuses an argmax that its window does not have: a gather would lose its
 // gradient in silence. Columns [begin, end) of windows lie inside of the image.
-template <class Lanes>
-CNNK_INLINE bool any(Lanes lanes) {
-  int64_t words[sizeof lanes / sizeof(int64_t)];
-  __builtin_memcpy(words, &lanes, sizeof lanes);
-  int64_t all = 0;
-  for (const int64_t word : words) all |= word;
-  return all != 0;
-}
-
 template <class Tap>
 struct ArgmaxCheck {
   const MaxPool2dProblem& problem;
@@ -129,47 +121,6 @@ struct ArgmaxCheck {
     }
   }
 };
-
-// A vector of taps, widened to the masks' integers. GCC converts bytes in two
-// halves, and one by one where the integers are more than twice as wide.
-template <class A>
-CNNK_INLINE Vec<Mask<A>> load_taps(const int32_t* p) {
-  typedef int32_t Taps __attribute__((vector_size(kLanes<A> * sizeof(int32_t))));
-  Taps taps;
-  __builtin_memcpy(&taps, p, sizeof taps);
-  return __builtin_convertvector(taps, Vec<Mask<A>>);
-}
-template <class A>
-CNNK_INLINE Vec<Mask<A>> load_taps(const uint8_t* p) {
-#if CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
-  if constexpr (std::is_same_v<A, double>)
-    return (Vec<Mask<A>>)_mm512_cvtepu8_epi64(_mm_loadu_si64(p));
-  return (Vec<Mask<A>>)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#elif CNNK_TIER_ID == 1
-  if constexpr (std::is_same_v<A, double>)
-    return (Vec<Mask<A>>)_mm256_cvtepu8_epi64(_mm_loadu_si32(p));
-  return (Vec<Mask<A>>)_mm256_cvtepu8_epi32(_mm_loadu_si64(p));
-#else
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Vec<Mask<A>>);
-#endif
-}
-
-// The first n < lanes taps, without reading what follows.
-template <class A, class Tap>
-CNNK_INLINE Vec<Mask<A>> load_taps_head(const Tap* p, int64_t n) {
-#if CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
-  if constexpr (std::is_same_v<A, float> && std::is_same_v<Tap, uint8_t>) {
-    return (Vec<Mask<A>>)_mm512_cvtepu8_epi32(
-        _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p));
-  }
-#endif
-  Tap taps[kLanes<A>] = {};
-  for (int64_t i = 0; i < n; ++i) taps[i] = p[i];
-  return load_taps<A>(taps);
-}
 
 template <class A>
 CNNK_INLINE void add_won(Vec<A>& sum, Vec<Mask<A>> taps, Mask<A> tap, Vec<A> gradients) {

@@ -8,6 +8,7 @@
 // pooled row by row first (max_pool2d_separable.inl). Without argmax no tap is
 // kept.
 
+#include "kernels/cpu/max_pool2d_argmax.inl"
 #include "kernels/cpu/max_pool2d_row.inl"
 #include "kernels/cpu/max_pool2d_row_nhwc.inl"
 #include "kernels/cpu/max_pool2d_separable.inl"
@@ -105,8 +106,10 @@ void forward_nhwc(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
 }
 
 inline void forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
-                    const ThreadPool& pool, const void* input, void* output, void* argmax_data) {
-  const ArgmaxOut argmax = {argmax_data, problem.compact_argmax(), -1};
+                    const ThreadPool& pool, const void* input, void* output, void* argmax_data,
+                    bool clips) {
+  const ArgmaxOut argmax = {argmax_data, problem.compact_argmax(),
+                            clips ? static_cast<int32_t>(problem.no_winner()) : -1};
   if (problem.layout == Layout::nchw) {
     with_accumulator(problem.dtype, [&](auto accumulator) {
       forward_nchw<decltype(accumulator)>(problem, plan, pool, input, output, argmax);

@@ -72,28 +72,6 @@ struct ArgmaxOut {
   int32_t clipped;
 };
 
-// Short runs of taps, without a call and without touching what follows: the last
-// eight bytes are moved back to end with the run.
-template <class Tap>
-CNNK_INLINE void copy_taps(const Tap* from, Tap* to, int64_t count) {
-  constexpr int64_t piece = 8 / static_cast<int64_t>(sizeof(Tap));
-#if CNNK_TIER_ID == 2 && !defined(CNNK_EMULATE_AVX512)
-  if (sizeof(Tap) == 1 && count <= 16) {
-    const __mmask16 run = static_cast<__mmask16>((1u << count) - 1);
-    _mm_mask_storeu_epi8(to, run, _mm_maskz_loadu_epi8(run, from));
-    return;
-  }
-#endif
-  if (count < piece) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-    return;
-  }
-  for (int64_t i = 0; i < count; i += piece) {
-    const int64_t at = std::min(i, count - piece);
-    __builtin_memcpy(to + at, from + at, 8);
-  }
-}
-
 template <class A, class Tap>
 CNNK_INLINE void store_taps_as(Tap* to, Vec<Mask<A>> taps, int64_t count, int64_t step) {
   constexpr int lanes = kLanes<A>;

@@ -21,16 +21,20 @@ CNNK_INLINE void fill_row(A* row, int64_t begin, int64_t end, A fill) {
   for (int64_t i = begin; i < end; ++i) row[i] = fill;
 }
 
-// Rows at stride 2, the commonest after 1, by vectors. The last element is read
-// alone: what follows it may not be memory.
+// Rows at stride 2, the commonest after 1, by vectors. Past the last element may be
+// no memory.
 template <class T, class A>
 CNNK_INLINE void copy_every_second(const T* from, A* to, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
+    constexpr int64_t lanes = kLanes<float>;
     int64_t i = 0;
-    for (; i + kLanes<float> < count; i += kLanes<float>) {
-      store(to + i, load_even_odd(from + 2 * i).even);
-    }
-    for (; i < count; ++i) to[i] = from[2 * i];
+    for (; i + lanes < count; i += lanes) store(to + i, load_even_odd(from + 2 * i).even);
+    if (i == count) return;
+    const int64_t rest = 2 * (count - i) - 1;
+    const Vec<float> low = load_head(from + 2 * i, std::min(rest, lanes));
+    const Vec<float> high =
+        rest > lanes ? load_head(from + 2 * i + lanes, rest - lanes) : Vec<float>{};
+    store_head(to + i, shuffled<float, even_lane>(low, high), count - i);
   }
 }
 
