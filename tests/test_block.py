@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnnkernels import functional
+from cnnkernels import explain, functional
 
 pytestmark = pytest.mark.usefixtures("isa", "poisoned")
 
@@ -37,6 +37,12 @@ SHAPES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]] = 
     (2, 6, 9, 12, 6, (3, 3), {"groups": 6}),
     (1, 20, 8, 9, 4, (3, 3), {}),
     (2, 3, 30, 32, 8, (7, 7), {"stride": 2, "padding": 3} | STEM_POOL),
+    # In stages, with a dense backward.
+    (3, 40, 12, 14, 48, (3, 3), {"padding": 1}),
+    (2, 36, 9, 11, 34, (3, 3), {"padding": 1} | STEM_POOL),
+    # Many rows of windows for few weights, and kernels of more taps than a tile.
+    (9, 1, 40, 41, 3, (3, 3), {}),
+    (2, 1, 40, 41, 3, (5, 5), {"padding": 2}),
     (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 3}),
     (2, 3, 12, 13, 4, (3, 3), {"pool_kernel_size": 3, "pool_stride": 1, "pool_padding": 1}),
     (2, 3, 12, 13, 4, (3, 3), {"pool_ceil_mode": True, "padding": (0, 1)}),
@@ -125,6 +131,51 @@ def test_any_shape(data: st.DataObject) -> None:
         arguments,
         str(shape),
     )
+
+
+def blocks() -> dict[str, tuple[Tensor, Tensor]]:
+    """An input and weights for each way through the backward."""
+    return {
+        "windows": (torch.randn(2, 1, 32, 32), torch.randn(6, 1, 3, 3)),
+        "winners": (torch.randn(2, 8, 15, 15), torch.randn(16, 8, 3, 3)),
+        "dense": (torch.randn(2, 32, 14, 14), torch.randn(32, 32, 3, 3)),
+    }
+
+
+@pytest.mark.parametrize("backward", blocks())
+def test_explain_names_the_backward(backward: str) -> None:
+    x, weight = blocks()[backward]
+    assert explain(functional.conv2d_relu_max_pool2d, x, weight)["backward"] == backward
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("backward", blocks())
+def test_foreign_argmax_is_refused(backward: str, memory_format: torch.memory_format) -> None:
+    x, weight = (t.contiguous(memory_format=memory_format) for t in blocks()[backward])
+    arguments = ([1, 1], [0, 0], [1, 1], 1, [2, 2], [2, 2], [0, 0], [1, 1], False)
+    output, argmax = torch.ops.cnnkernels.conv2d_relu_max_pool2d_argmax(x, weight, None, *arguments)
+    argmax[1, 3, -1, -1] = 5
+    with pytest.raises(ValueError, match="argmax holds 5 for window"):
+        torch.ops.cnnkernels.conv2d_relu_max_pool2d_backward(
+            output, x, weight, argmax, *arguments, [False, True, True]
+        )
+
+
+@pytest.mark.parametrize("backward", blocks())
+def test_a_gradient_alone_is_the_one_of_all_three(backward: str) -> None:
+    x, weight = blocks()[backward]
+    arguments = ([1, 1], [0, 0], [1, 1], 1, [2, 2], [2, 2], [0, 0], [1, 1], False)
+    output, argmax = torch.ops.cnnkernels.conv2d_relu_max_pool2d_argmax(x, weight, None, *arguments)
+
+    def gradients(*wanted: bool) -> tuple[Tensor, ...]:
+        return torch.ops.cnnkernels.conv2d_relu_max_pool2d_backward(
+            output, x, weight, argmax, *arguments, wanted
+        )
+
+    whole = gradients(True, True, True)
+    for i in range(3):
+        wanted = [j == i for j in range(3)]
+        assert torch.equal(gradients(*wanted)[i], whole[i])
 
 
 def test_rounded_values_are_as_close_as_torch() -> None:

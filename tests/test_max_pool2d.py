@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from cnnkernels import functional
+from cnnkernels import explain, functional
 
 pytestmark = pytest.mark.usefixtures("isa", "poisoned")
 
@@ -33,6 +33,14 @@ SHAPES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 3, 21, 23), {"kernel_size": 3, "dilation": 2, "stride": 3, "padding": 1}),
     ((1, 2, 40, 41), {"kernel_size": 17, "stride": 3}),  # more than 256 taps
     ((2, 3, 20, 20), {"kernel_size": 5, "stride": 1, "padding": 2}),
+    # In two passes: rows first.
+    ((2, 3, 9, 70), {"kernel_size": 4, "stride": 1}),
+    ((2, 70, 9, 11), {"kernel_size": (5, 4), "stride": (1, 2), "padding": (2, 1)}),
+    ((2, 3, 23, 25), {"kernel_size": 4, "stride": 1, "dilation": (2, 3), "padding": 2}),
+    ((1, 66, 12, 13), {"kernel_size": 6, "stride": 2, "padding": 3, "ceil_mode": True}),
+    # More windows over an element than a gather compares.
+    ((1, 3, 20, 21), {"kernel_size": 9, "stride": 1, "padding": 4}),
+    ((1, 130, 5, 70), {"kernel_size": 3, "stride": 1, "padding": 1}),
     ((1, 2, 300, 9), {"kernel_size": 3}),
     ((3, 9, 10), {"kernel_size": 2}),
     ((0, 3, 9, 10), {"kernel_size": 2}),
@@ -151,6 +159,41 @@ def test_foreign_argmax_is_refused_and_nothing_is_touched() -> None:
         torch.ops.cnnkernels.max_pool2d_backward(grad, argmax, [1, 1, 4, 4], [2, 2])
     with pytest.raises(RuntimeError, match="argmax must be uint8"):
         torch.ops.cnnkernels.max_pool2d_backward(grad, argmax.long(), [1, 1, 4, 4], [2, 2])
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("kernel", [3, 9])
+def test_argmax_outside_of_the_image_is_refused(
+    kernel: int, memory_format: torch.memory_format
+) -> None:
+    """A tap that the window has, but over the border: gathered by no element, and yet no winner."""
+    x = torch.randn(2, 70, 12, 13).contiguous(memory_format=memory_format)
+    window = ([kernel] * 2, [1, 1], [kernel // 2] * 2)
+    output, argmax = torch.ops.cnnkernels.max_pool2d_argmax(x, *window)
+    grad = torch.ones_like(output)
+    torch.ops.cnnkernels.max_pool2d_backward(grad, argmax, x.shape, *window)
+    corners = {(0, 6): 0, (11, 6): kernel**2 - 1, (6, 0): 0, (6, 12): kernel - 1}
+    for (y, column), tap in corners.items():
+        for channel in (0, 40, 69):
+            foreign = argmax.clone(memory_format=torch.preserve_format)
+            foreign[1, channel, y, column] = tap
+            with pytest.raises(ValueError, match=rf"argmax holds {tap} for window"):
+                torch.ops.cnnkernels.max_pool2d_backward(grad, foreign, x.shape, *window)
+
+
+def test_explain_names_the_passes() -> None:
+    x = torch.randn(1, 8, 20, 20)
+
+    def passes(x: torch.Tensor, *window: int) -> tuple[str, str]:
+        plan = explain(functional.max_pool2d, x, *window)
+        return plan["algorithm"], plan["backward"]
+
+    assert passes(x, 2) == ("rows", "gather")
+    assert passes(x, 3, 2, 1) == ("packed rows", "gather")
+    assert passes(x.bfloat16(), 2) == ("packed rows", "gather")
+    assert passes(x, 5, 1, 2) == ("separable", passes(x, 5, 1)[1])
+    assert passes(x.contiguous(memory_format=torch.channels_last), 2)[0] == "channel vectors"
+    assert passes(x, 13, 1, 6) == ("separable", "scatter")
 
 
 def test_gather_is_the_transpose_of_the_backward() -> None:

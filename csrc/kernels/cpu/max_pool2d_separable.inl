@@ -58,11 +58,13 @@ void pool_rows_separably_with(const MaxPool2dProblem& problem, PoolRow<A> row, i
   constexpr A lowest = -std::numeric_limits<A>::infinity();
   const A* const source = row.source;
   row.last_row = 1;
-  int64_t done = 0;  // rows below have their maxima
+  // Rows above have their maxima, those that a window may still need; none lies
+  // above the image.
+  int64_t done = std::max<int64_t>(0, problem.pad_top - y0 * problem.stride_h);
   for (int64_t y = y0; y < y1; ++y) {
     const WindowRange rows = window_rows(problem, y);
     const int64_t top = (y - y0) * problem.stride_h;
-    done = std::max(done, top + rows.first * problem.dilation_h);
+    done = std::max(done, top);
     for (; done <= top + (rows.last - 1) * problem.dilation_h; ++done) {
       row.source = source + done * pitch;
       for_each_vector<A>(row.width, [&](int64_t x, int64_t) {
@@ -120,11 +122,11 @@ void separable_nhwc(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
           const int64_t c1 = std::min(channels, c0 + block);
           const int64_t y0 = task % bands * plan.rows_per_band;
           const int64_t y1 = std::min(problem.out_height, y0 + plan.rows_per_band);
-          int64_t done = 0;  // rows of the image above have their maxima, where windows need them
+          int64_t done = 0;  // rows above have their maxima, those that a window may still need
           for (int64_t y = y0; y < y1; ++y) {
             const WindowRange rows = window_rows(problem, y);
             const int64_t top = y * problem.stride_h - problem.pad_top;
-            done = std::max(done, top + rows.first * problem.dilation_h);
+            done = std::max(done, top);
             for (; done <= top + (rows.last - 1) * problem.dilation_h; ++done) {
               const T* const row = input + (n * problem.in_height + done) * in_row;
               for (int64_t x = 0; x < problem.out_width; ++x) {
