@@ -707,7 +707,7 @@ def test_sgd_keeps_no_tensor_alive(elements: int) -> None:
 def test_sgd_lists_follow_one_another_at_the_same_address() -> None:
     """Whatever is remembered of a list must not be taken for another one's."""
     for round_ in range(20):
-        sizes = [40_000, 7, 100] if round_ % 2 else [100, 40_000, 7]
+        sizes = [60_000, 7, 100] if round_ % 2 else [100, 60_000, 7]
         params = [torch.ones(size, requires_grad=True) for size in sizes]
         optimizer = optim.SGD(params, lr=0.5, momentum=0.5)
         for _ in range(3):
