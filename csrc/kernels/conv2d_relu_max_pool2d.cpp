@@ -37,15 +37,17 @@ bool stage_pays(const Conv2dReluMaxPool2dProblem& problem, Isa isa, int threads)
 
 // Winners are few, at most one in a window, but each is multiplied alone, by runs
 // of a patch that few channels do not fill; rows of windows multiply the outputs
-// that did not win as well. Where channels are many the weights' totals leave the
-// first-level cache, and a dense gradient has all products at the speed of the
-// convolution.
+// that did not win as well. Where channels are many, or patches large, the weights'
+// totals leave the first-level cache, and a dense gradient has all products at the
+// speed of the convolution.
 BlockBackward choose_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa) {
   constexpr int64_t kManyChannels = 16;
+  constexpr int64_t kLargePatch = 128;
   constexpr int64_t kWinnerCycles = 10;  // to find one, and its patch
   const Conv2dProblem& conv = problem.conv;
   const int64_t channels = conv.in_channels / conv.groups;
-  if (channels >= kManyChannels) return BlockBackward::dense;
+  const int64_t patch = channels * conv.kernel_height * conv.kernel_width;
+  if (channels >= kManyChannels || patch >= kLargePatch) return BlockBackward::dense;
   if (!pools_in_registers(problem.pool) || problem.pool.outputs() == 0) {
     return BlockBackward::winners;
   }
@@ -53,7 +55,7 @@ BlockBackward choose_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa
   const int64_t vectors = ceil_div(problem.pool.out_width, lanes);
   const int64_t patch_vectors = conv.kernel_height * ceil_div(conv.kernel_width * channels, lanes);
   // Four products a tap and channel, two a cycle, of a vector of windows.
-  const int64_t row_cycles = 2 * conv.kernel_height * conv.kernel_width * channels * vectors;
+  const int64_t row_cycles = 2 * patch * vectors;
   return row_cycles < (kWinnerCycles + patch_vectors) * problem.pool.out_width
              ? BlockBackward::windows
              : BlockBackward::winners;
