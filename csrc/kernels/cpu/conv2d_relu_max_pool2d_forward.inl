@@ -40,9 +40,17 @@ __attribute__((noinline)) void pooled_span(const PooledRow<A>& pooled, int64_t k
     // gradient, is that of the three operators.
     const Vec<A> bias = row.bias != nullptr ? broadcast(row.bias[k + i]) : Vec<A>{};
     Winner<A> winner = {rounded<A>(row.dtype, total[i][0] + bias), Vec<Mask<A>>{}};
+    const auto compete = [&](auto with_tap) {
 #pragma GCC unroll 4
-    for (int p = 1; p < 4; ++p) {
-      challenge<A>(winner, rounded<A>(row.dtype, total[i][p] + bias), static_cast<Mask<A>>(p));
+      for (int p = 1; p < 4; ++p) {
+        challenge<A, decltype(with_tap)::value>(winner, rounded<A>(row.dtype, total[i][p] + bias),
+                                                static_cast<Mask<A>>(p));
+      }
+    };
+    if (pooled.argmax.data != nullptr) {
+      compete(std::true_type{});
+    } else {
+      compete(std::false_type{});
     }
     const int64_t at = row.out_at + (k + i) * row.out_channel_step + x * row.out_lane_step;
     store_out<A>(row.dtype, row.out, at, relu<A>(winner.value), count, row.out_lane_step);

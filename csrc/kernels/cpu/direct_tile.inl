@@ -34,11 +34,59 @@ CNNK_INLINE void add_tile(const Vec<A> (&other)[KB][P], Vec<A> (&sum)[KB][P]) {
   }
 }
 
+// sum = the products of channels [c0, c1) and taps [t0, t1).
+template <class A, int KB, int P>
+CNNK_INLINE void direct_chain(const A* const (&source)[P], const TileSource<A>& shape,
+                              const TileWeights<A>& weights, int64_t c0, int64_t c1, int64_t t0,
+                              int64_t t1, Vec<A> (&sum)[KB][P]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < KB; ++k) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sum[k][p] = Vec<A>{};
+  }
+  for (int64_t c = c0; c < c1; ++c) {
+    const A* const weight = weights.data + c * weights.in_stride;
+    for (int64_t t = t0; t < t1; ++t) {
+      const A* const tap_weight = weight + shape.taps[t].weight;
+      const int64_t offset = c * shape.plane + shape.taps[t].source;
+      const int64_t odd_offset = P == 4 ? c * shape.plane + shape.odd_taps[t].source : offset;
+      const auto source_vector = [&](int p) {
+        return load(source[p] + (p % 2 == 0 ? offset : odd_offset));
+      };
+      // The shorter side stays in registers while the longer passes: all of
+      // both would be one register too many.
+      if constexpr (KB < P) {
+        Vec<A> w[KB];
+#pragma GCC unroll 8
+        for (int k = 0; k < KB; ++k) w[k] = broadcast(tap_weight[k * weights.out_stride]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          const Vec<A> x = source_vector(p);
+#pragma GCC unroll 8
+          for (int k = 0; k < KB; ++k) sum[k][p] += w[k] * x;
+        }
+      } else {
+        Vec<A> x[P];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) x[p] = source_vector(p);
+#pragma GCC unroll 8
+        for (int k = 0; k < KB; ++k) {
+          const Vec<A> w = broadcast(tap_weight[k * weights.out_stride]);
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) sum[k][p] += w * x[p];
+        }
+      }
+    }
+  }
+}
+
 // The products are summed in chains of kSumLength, kChains of these in a chain of their
 // own: of many taps most may lie over the border, and leave a product or two to a chain.
 template <class A, int KB, int P>
-CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& shape,
-                             const TileWeights<A>& weights, Vec<A> (&total)[KB][P]) {
+__attribute__((noinline)) void direct_chains(const A* const (&source)[P],
+                                             const TileSource<A>& shape,
+                                             const TileWeights<A>& weights,
+                                             Vec<A> (&total)[KB][P]) {
   const int64_t channel_block =
       std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, shape.tap_count));
   constexpr int64_t kChains = 16;
@@ -53,47 +101,9 @@ CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& s
   for (int64_t c0 = 0; c0 < shape.channels; c0 += channel_block) {
     const int64_t c1 = std::min(shape.channels, c0 + channel_block);
     for (int64_t t0 = 0; t0 < shape.tap_count; t0 += kSumLength) {
-      const int64_t t1 = std::min(shape.tap_count, t0 + kSumLength);
       Vec<A> sum[KB][P];
-#pragma GCC unroll 8
-      for (int k = 0; k < KB; ++k) {
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) sum[k][p] = Vec<A>{};
-      }
-      for (int64_t c = c0; c < c1; ++c) {
-        const A* const weight = weights.data + c * weights.in_stride;
-        for (int64_t t = t0; t < t1; ++t) {
-          const A* const tap_weight = weight + shape.taps[t].weight;
-          const int64_t offset = c * shape.plane + shape.taps[t].source;
-          const int64_t odd_offset = P == 4 ? c * shape.plane + shape.odd_taps[t].source : offset;
-          const auto source_vector = [&](int p) {
-            return load(source[p] + (p % 2 == 0 ? offset : odd_offset));
-          };
-          // The shorter side stays in registers while the longer passes: all of
-          // both would be one register too many.
-          if constexpr (KB < P) {
-            Vec<A> w[KB];
-#pragma GCC unroll 8
-            for (int k = 0; k < KB; ++k) w[k] = broadcast(tap_weight[k * weights.out_stride]);
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) {
-              const Vec<A> x = source_vector(p);
-#pragma GCC unroll 8
-              for (int k = 0; k < KB; ++k) sum[k][p] += w[k] * x;
-            }
-          } else {
-            Vec<A> x[P];
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) x[p] = source_vector(p);
-#pragma GCC unroll 8
-            for (int k = 0; k < KB; ++k) {
-              const Vec<A> w = broadcast(tap_weight[k * weights.out_stride]);
-#pragma GCC unroll 4
-              for (int p = 0; p < P; ++p) sum[k][p] += w * x[p];
-            }
-          }
-        }
-      }
+      direct_chain(source, shape, weights, c0, c1, t0, std::min(shape.tap_count, t0 + kSumLength),
+                   sum);
       if (chains == kChains) {
         add_tile<A>(total, group);
         grouped = true;
@@ -109,6 +119,17 @@ CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& s
     }
   }
   if (grouped) add_tile<A>(group, total);
+}
+
+// A sum of one chain, as in a first layer, never leaves its registers.
+template <class A, int KB, int P>
+CNNK_INLINE void direct_tile(const A* const (&source)[P], const TileSource<A>& shape,
+                             const TileWeights<A>& weights, Vec<A> (&total)[KB][P]) {
+  if (shape.channels * shape.tap_count <= kSumLength) {
+    direct_chain(source, shape, weights, 0, shape.channels, 0, shape.tap_count, total);
+  } else {
+    direct_chains(source, shape, weights, total);
+  }
 }
 
 // The tallest tile for P vectors that leaves registers for the operands.
