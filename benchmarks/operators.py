@@ -46,8 +46,9 @@ def operator_workload(
     input_gradient: bool,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    layouts: Sequence[str] = tuple(LAYOUTS),
 ) -> Workload:
-    """Both sides of an operator on random data of a dtype, in both layouts.
+    """Both sides of an operator on random data of a dtype, in both layouts or in one.
 
     The parameters are scaled as a network's initial weights are. Forward mode runs under
     ``torch.no_grad()``; forward+backward asks for the gradients of the parameters and, with
@@ -68,7 +69,7 @@ def operator_workload(
     data = _Data(inputs, parameters, gradients).to_dtype(dtype)
     context = torch.no_grad if mode == FORWARD else contextlib.nullcontext
     candidates = []
-    for layout in LAYOUTS:
+    for layout in layouts:
         converted = data.to_layout(layout)
         plan = cnnkernels.explain(operator.ours, converted.inputs[0], *converted.parameters)
         ours = call(operator.ours, converted)

@@ -17,11 +17,14 @@
 // Taps whose sums stay in registers.
 constexpr int kWindowTaps = CNNK_VECTOR_REGISTERS >= 32 ? 9 : 4;
 
-// Rows of windows whose products are summed in one chain: four a row.
-constexpr int64_t kWindowRows = std::max<int64_t>(1, kSumLength / 4);
+// Chains of products, of one output channel, that are added up before their lanes
+// are summed in double.
+constexpr int64_t kChainsPerSum = 64;
 
-// Images whose lanes are summed before they are added in double.
-constexpr int64_t kImagesPerSum = 8;
+// Rows of windows whose products, four a vector of windows, are one chain.
+CNNK_INLINE int64_t rows_per_chain(int64_t vectors) {
+  return std::max<int64_t>(1, kSumLength / (4 * vectors));
+}
 
 // One (output channel, input channel) pair of one image: sums[t] += over windows.
 template <class A>
@@ -44,11 +47,12 @@ void add_window_products(const WindowProducts<A>& windows, int64_t first_tap, Ve
     even[t] = windows.even_taps[first_tap + t].source;
     odd[t] = windows.odd_taps[first_tap + t].source;
   }
-  for (int64_t y0 = 0; y0 < windows.rows; y0 += kWindowRows) {
+  const int64_t chain_rows = rows_per_chain(ceil_div(windows.columns, lanes));
+  for (int64_t y0 = 0; y0 < windows.rows; y0 += chain_rows) {
     Vec<A> chain[Taps];
 #pragma GCC unroll 9
     for (int t = 0; t < Taps; ++t) chain[t] = Vec<A>{};
-    for (int64_t y = y0; y < std::min(windows.rows, y0 + kWindowRows); ++y) {
+    for (int64_t y = y0; y < std::min(windows.rows, y0 + chain_rows); ++y) {
       const A* const source = windows.plane + 2 * y * windows.row_step;
       for (int64_t x = 0; x < windows.columns; x += lanes) {
         const int64_t at = y * windows.pitch + x;
@@ -135,6 +139,9 @@ void window_weight_gradient(const Conv2dReluMaxPool2dProblem& problem, const Thr
   const int64_t group_out = conv.out_channels / conv.groups;
   const int64_t pitch = round_up(window.out_width, lanes);
   const int64_t window_rows = conv.out_channels * window.out_height;
+  const int64_t window_elements = window.out_height * pitch;  // of a channel
+  const int64_t images_per_sum = std::max<int64_t>(
+      1, kChainsPerSum / ceil_div(window.out_height, rows_per_chain(pitch / lanes)));
   const int64_t weights = conv.out_channels * group_in * taps;
   const int64_t totals_count = weights + conv.out_channels;
   const int64_t slices = window_gradient_slices(problem);
@@ -203,14 +210,19 @@ void window_weight_gradient(const Conv2dReluMaxPool2dProblem& problem, const Thr
           }
           const Vec<Mask<A>> none = broadcast<Mask<A>>(static_cast<Mask<A>>(window.no_winner()));
           Vec<Mask<A>> foreign{};
-          for (int64_t i = 0; i < window.out_height * pitch; i += lanes) {
-            const Vec<Mask<A>> tap = load_taps<A>(products.argmax + i);
-            foreign |= tap > none;
-            sums[weights + k] += select<A>(tap != none, load(products.gradients + i), Vec<A>{});
+          for (int64_t i0 = 0; i0 < window_elements; i0 += kSumLength * lanes) {
+            Vec<A> chain{};
+            for (int64_t i = i0; i < std::min(window_elements, i0 + kSumLength * lanes);
+                 i += lanes) {
+              const Vec<Mask<A>> tap = load_taps<A>(products.argmax + i);
+              foreign |= tap > none;
+              chain += select<A>(tap != none, load(products.gradients + i), Vec<A>{});
+            }
+            sums[weights + k] += chain;
           }
           if (any(foreign)) refuse_foreign(window, products.argmax, pitch);
         }
-        if ((n1 - n) % kImagesPerSum == 0) flush();
+        if ((n1 - n) % images_per_sum == 0) flush();
       }
       flush();
     }
