@@ -36,6 +36,7 @@ struct GradientStepPlan {
   int threads = 0;
   std::vector<int64_t> ends;      // where each tensor ends in the row
   int64_t elements_per_task = 0;  // all of them where a list is not worth a second thread
+  bool fetches_ahead = false;     // of a list that comes from memory
 };
 
 // A pure function of its arguments: of the tensors, their counts and which are the same.

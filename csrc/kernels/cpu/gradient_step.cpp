@@ -12,6 +12,8 @@ namespace {
 // elements take; to one that sleeps, ten times as much. With twice this many elements a second
 // thread saves a fifth of the call.
 constexpr int64_t kTaskElements = 24 * 1024;
+// Lists of more than this outgrow the second-level caches of several cores.
+constexpr int64_t kFetchedElements = 1024 * 1024;
 // Tasks begin on pages of their own, wherever a tensor begins on one.
 constexpr int64_t kTaskMultiple = 1024;
 
@@ -38,6 +40,7 @@ GradientStepPlan plan_gradient_step(const std::vector<StepTensor>& tensors, Isa 
   const int64_t tasks =
       has_repeats(tensors) ? 1 : std::clamp<int64_t>(total / kTaskElements, 1, threads);
   plan.elements_per_task = tasks == 1 ? total : round_up(ceil_div(total, tasks), kTaskMultiple);
+  plan.fetches_ahead = total >= kFetchedElements;
   return plan;
 }
 

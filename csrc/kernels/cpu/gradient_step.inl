@@ -3,9 +3,17 @@
 // 20 with momentum). Which terms exist is a template argument, so that plain
 // gradient descent compiles to one multiply-add an element.
 
+// Memory is streamed a few percent faster than by the processor's prefetchers alone.
+template <class T>
+CNNK_INLINE void fetch_ahead(const T* at) {
+  constexpr int64_t kBytesAhead = 2048;
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + kBytesAhead);
+}
+
 // `options` is a copy: a reference would be read again after every store.
 template <class T, bool WithMomentum, bool Nesterov>
-void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const StepOptions options) {
+void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const StepOptions options,
+                bool fetches_ahead) {
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<A>;
   T* const param = static_cast<T*>(tensor.param);
@@ -34,6 +42,11 @@ void step_range(const StepTensor& tensor, int64_t begin, int64_t end, const Step
 
   int64_t i = begin;
   for (; i + lanes <= end; i += lanes) {
+    if (fetches_ahead) {
+      fetch_ahead(param + i);
+      fetch_ahead(grad + i);
+      if constexpr (WithMomentum) fetch_ahead(buffer + i);
+    }
     Vec<A> p = load_widened(param + i);
     Vec<A> g = load_widened(grad + i);
     Vec<A> m{};
@@ -77,7 +90,7 @@ void step(const GradientStepPlan& plan, const ThreadPool& pool,
     for (; at < stop; ++i) {
       const int64_t start = ends[i] - tensors[i].count;
       const int64_t tensor_stop = std::min(stop, ends[i]);
-      run(tensors[i], at - start, tensor_stop - start, options);
+      run(tensors[i], at - start, tensor_stop - start, options, plan.fetches_ahead);
       at = tensor_stop;
     }
   });
