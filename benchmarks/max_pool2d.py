@@ -1,8 +1,8 @@
 """The ``max_pool2d`` suite: the pooling layers of the tutorial and of networks.
 
 Each memory format has rows of its own, since a network seldom chooses one for its pooling, and
-torch's two differ by a factor of ten. Layers that no cache holds are also measured against a copy of
-as many bytes as they have to read and write: that ratio is our share of the bandwidth.
+torch's two differ by a factor of ten. Layers that no cache holds are also measured against a copy
+of as many bytes as they have to read and write: that ratio is our share of the bandwidth.
 """
 
 from __future__ import annotations

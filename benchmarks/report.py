@@ -173,7 +173,8 @@ def _batch(batch: int | None) -> str:
 
 
 def _pass(mode: str) -> str:
-    return {FORWARD: "fwd", FORWARD_BACKWARD: "fwd+bwd"}.get(mode, mode)
+    short = {FORWARD: "fwd", FORWARD_BACKWARD: "fwd+bwd"}
+    return " / ".join(short.get(part, _short(part)) for part in mode.split(" / "))
 
 
 def _short(label: str) -> str:

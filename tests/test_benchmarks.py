@@ -317,7 +317,7 @@ class TestSuites:
         assert len(cases) == 18
 
     def test_both_sides_are_measured_in_both_layouts(self):
-        for case in all_cases(["conv2d", "max_pool2d", "block"], Options(quick=True)):
+        for case in all_cases(["conv2d", "block"], Options(quick=True)):
             if case.batch == 1:
                 found = [(c.side, c.layout) for c in case.prepare().candidates]
                 assert sorted(found) == sorted(
@@ -325,15 +325,34 @@ class TestSuites:
                 )
 
     def test_candidates_get_data_in_their_layout(self):
-        (case,) = [
+        cases = [
             case
             for case in all_cases(["max_pool2d"], Options(batches=(2,), modes=(FORWARD,)))
             if case.name == "ch1_net_pool1"
         ]
-        for candidate in case.prepare().candidates:
-            (output,) = candidate.results(0)
-            last = output.is_contiguous(memory_format=torch.channels_last)
-            assert last == (candidate.layout == CHANNELS_LAST)
+        assert [case.mode for case in cases] == [
+            f"{FORWARD} / {NCHW}",
+            f"{FORWARD} / {CHANNELS_LAST}",
+        ]
+        for case in cases:
+            for candidate in case.prepare().candidates:
+                (output,) = candidate.results(0)
+                last = output.is_contiguous(memory_format=torch.channels_last)
+                assert (
+                    last == (candidate.layout == CHANNELS_LAST) == case.mode.endswith(CHANNELS_LAST)
+                )
+
+    def test_large_poolings_are_measured_against_a_copy(self):
+        cases = all_cases(["max_pool2d"], Options(batches=(8,)))
+        copies = {case.name for case in cases if case.mode.endswith("copy")}
+        assert copies == {"resnet_stem", "vgg_224", "vgg_112", "vgg_56"}
+        (case,) = [
+            case
+            for case in cases
+            if case.name == "vgg_56" and case.mode == f"{FORWARD_BACKWARD} / {NCHW} / copy"
+        ]
+        ours, copy = case.prepare().candidates
+        assert (ours.side, copy.variant) == (OURS, "copy")
 
     def test_gradients_are_those_that_training_asks_for(self):
         cases = all_cases(["conv2d", "block"], Options(modes=(FORWARD_BACKWARD,), quick=True))
@@ -463,8 +482,10 @@ class TestCommand:
         arguments += ["--json", str(json_file), "--png", str(png_file)]
         assert benchmarks.run(self.parse(*arguments)) == 0
         rows = json.loads(json_file.read_text())["rows"]
-        assert [row["threads"] for row in rows] == [1, 1, 1, 2, 2, 2]
-        assert {row["mode"] for row in rows} == {FORWARD}
+        assert [row["threads"] for row in rows] == [1] * 6 + [2] * 6
+        assert {row["mode"] for row in rows} == {
+            f"{FORWARD} / {layout}" for layout in (NCHW, CHANNELS_LAST)
+        }
         assert png_file.exists()
         assert "ch1_pool_4x4" in capsys.readouterr().out
         assert torch.get_num_threads() == before
