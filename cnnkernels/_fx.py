@@ -67,7 +67,7 @@ def _may_have_sites(module: torch.nn.Module) -> bool:
     forward = inspect.getattr_static(type(module), "forward", None)
     return (
         isinstance(forward, FunctionType)
-        and not (forward.__module__ or "").startswith(("torch.", "cnnkernels."))
+        and not (forward.__module__ or "").startswith(("torch.", "cnnkernels.nn"))
         and "forward" not in vars(module)
         and any(_calls.is_plain(inner, Conv2d) for inner in module.modules())
     )

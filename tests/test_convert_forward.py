@@ -1126,3 +1126,11 @@ def test_replicas() -> None:
     replica.conv.bias = theirs.conv.bias.data
     with joins(1):
         assert_same(replica(INPUT), theirs(INPUT))
+
+
+def test_a_network_inside_of_the_package_is_joined() -> None:
+    """The benchmark's, which the command line imports as a part of the installed package."""
+    training_step = pytest.importorskip("cnnkernels.benchmarks.training_step")
+    model = replace_modules(training_step.Net())
+    with joins(blocks=2):
+        model(torch.randn(1, 1, 32, 32))
