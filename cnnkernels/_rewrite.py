@@ -311,7 +311,11 @@ def _pass_to(name: str, call: ast.Call) -> None:
 
 
 def _is_inert(node: ast.expr) -> bool:
-    """Whether to evaluate it earlier or later is the same."""
+    """Whether to evaluate it earlier or later is the same.
+
+    Attributes and operators are taken to have no effects of their own, as a property that writes a
+    weight would have.
+    """
     if isinstance(node, ast.Constant | ast.Name):
         return True
     if isinstance(node, ast.Attribute):

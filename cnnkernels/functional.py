@@ -194,8 +194,10 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(input, ...)), pool_kernel_size, ...)`` as one operator.
 
-    The convolution's output is never stored, and the backward pass visits only the winners of the
-    pooling windows. Values and gradients are those of the three calls.
+    The convolution's output stays in registers or in a cache. Values and gradients are those of the
+    three calls, but for what is not finite: where an input is infinite or NaN, the three calls
+    multiply it by the zero gradients of the outputs that did not win, which gives NaN, and this
+    operator leaves such products out where its backward visits the winners alone.
 
     Args:
         input: images, shaped (N, C_in, H, W) or (C_in, H, W).

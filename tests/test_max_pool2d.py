@@ -38,6 +38,9 @@ SHAPES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 70, 9, 11), {"kernel_size": (5, 4), "stride": (1, 2), "padding": (2, 1)}),
     ((2, 3, 23, 25), {"kernel_size": 4, "stride": 1, "dilation": (2, 3), "padding": 2}),
     ((1, 66, 12, 13), {"kernel_size": 6, "stride": 2, "padding": 3, "ceil_mode": True}),
+    # Taller than any band.
+    ((1, 2, 90, 5), {"kernel_size": (3, 2), "stride": 1, "dilation": (30, 1)}),
+    ((1, 2, 200, 70), {"kernel_size": 3, "stride": (2, 3), "dilation": (60, 2), "padding": 1}),
     # More windows over an element than a gather compares.
     ((1, 3, 20, 21), {"kernel_size": 9, "stride": 1, "padding": 4}),
     ((1, 130, 5, 70), {"kernel_size": 3, "stride": 1, "padding": 1}),

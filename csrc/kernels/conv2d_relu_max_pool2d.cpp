@@ -103,6 +103,8 @@ Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dPro
     stage.batch = images_per_stage(problem.conv);
     Conv2dReluMaxPool2dPlan plan;
     static_cast<Conv2dPlan&>(plan) = plan_conv2d(stage, isa, threads);
+    plan.workspace_bytes += stage.batch * stage.out_channels * stage.out_height * stage.out_width *
+                            element_size(stage.dtype);
     plan.pool_in_registers = false;
     plan.staged = true;
     plan.backward = choose_backward(problem, isa);

@@ -1,5 +1,5 @@
-// Convolution, bias, ReLU and max pooling in one pass: the output of the
-// convolution is never stored.
+// Convolution, bias, ReLU and max pooling as one operator: the convolution's output
+// stays in registers, in a scratch plane, or, in stages, in a buffer of few images.
 #pragma once
 
 #include "kernels/conv2d.h"
@@ -34,8 +34,8 @@ inline const char* backward_name(BlockBackward backward) {
 // rows_per_task counts pooled rows.
 struct Conv2dReluMaxPool2dPlan : Conv2dPlan {
   bool pool_in_registers;  // 2x2 windows at stride 2 close without leaving registers
-  // The convolution of some images by its own plan, then their pooling, while
-  // they are in a cache: where the cheapest algorithm pools nothing itself.
+  // The convolution of some images by its own plan, as many as a second-level cache
+  // holds or one, then their pooling: where the cheapest algorithm pools nothing itself.
   bool staged;
   BlockBackward backward;
 };
@@ -65,8 +65,8 @@ void conv2d_relu_max_pool2d_forward(const Conv2dReluMaxPool2dProblem& problem,
 int64_t block_backward_scratch_bytes(const Conv2dReluMaxPool2dProblem& problem,
                                      const Conv2dReluMaxPool2dPlan& plan);
 
-// Any of the three gradients may be null. The
-// argmax is that of the forward pass: windows that the ReLU clips pass none.
+// Any of the three gradients may be null. The argmax is that of the forward pass:
+// windows that the ReLU clips pass none. `scratch` has block_backward_scratch_bytes.
 void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem,
                                      const Conv2dReluMaxPool2dPlan& plan, const ThreadPool& pool,
                                      const void* grad_output, const void* input, const void* weight,

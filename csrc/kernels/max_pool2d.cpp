@@ -64,7 +64,10 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
   plan.isa = isa;
   plan.vector_lanes = static_cast<int>(vector_bytes(isa) / size);
   plan.threads = bytes < kSerialBytes ? 1 : threads;
-  plan.rows_per_band = (kBandBytes / row_bytes - overlap) / problem.stride_h;
+  // Of tall windows a band has as many rows as it shares with the next, so that no
+  // row is packed more than twice.
+  const int64_t least_rows = overlap / problem.stride_h;
+  plan.rows_per_band = std::max((kBandBytes / row_bytes - overlap) / problem.stride_h, least_rows);
   if (plan.separable) {
     // Bands compute the maxima of the rows that they share anew, so they are long,
     // and in NHWC no more than the threads need.
@@ -72,7 +75,7 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
     const int64_t tasks = problem.batch * ceil_div(problem.channels, kChannelBlock);
     const int64_t bands = ceil_div(4 * int64_t{plan.threads}, std::max<int64_t>(1, tasks));
     if (problem.layout == Layout::nhwc) plan.rows_per_band = ceil_div(problem.out_height, bands);
-    plan.rows_per_band = std::max(plan.rows_per_band, 4 * problem.kernel_height);
+    plan.rows_per_band = std::max({plan.rows_per_band, 4 * problem.kernel_height, least_rows});
   }
   plan.rows_per_band = std::clamp<int64_t>(plan.rows_per_band, 1, problem.out_height);
   // A gather compares each element with every window over it; a scatter takes as
@@ -81,8 +84,8 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
                               ceil_div(problem.kernel_width, problem.stride_w);
   plan.gathers = overlapping <= 2 * plan.vector_lanes;
   const int64_t window_row_bytes = std::max<int64_t>(1, problem.out_width * (size + 1));
-  plan.gradient_rows_per_band =
-      std::clamp<int64_t>((kBandBytes / window_row_bytes) * problem.stride_h, 1, problem.in_height);
+  plan.gradient_rows_per_band = std::clamp<int64_t>(
+      std::max(kBandBytes / window_row_bytes * problem.stride_h, overlap), 1, problem.in_height);
   return plan;
 }
 

@@ -42,7 +42,7 @@ struct MaxPool2dPlan {
   int threads;            // 1: the call stays on its own thread
   bool separable;         // maxima of rows first, then of these
   bool in_place;          // rows are read where they lie; NCHW
-  int64_t rows_per_band;  // output rows whose packed input stays in the cache; NCHW
+  int64_t rows_per_band;  // output rows of a task whose input stays in the cache; NCHW, separable
   bool gathers;           // the backward: gather, or scatter where too many windows overlap
   int64_t gradient_rows_per_band;  // input rows whose windows stay in the cache; NCHW
 };
