@@ -40,6 +40,10 @@ SHAPES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]] = 
     # In stages, with a dense backward.
     (3, 40, 12, 14, 48, (3, 3), {"padding": 1}),
     (2, 36, 9, 11, 34, (3, 3), {"padding": 1} | STEM_POOL),
+    # More windows than are summed at once, kernels of other widths and strides.
+    (3, 6, 28, 30, 5, (3, 3), {"padding": 1}),
+    (2, 5, 15, 17, 7, (3, 2), {"stride": (1, 2)}),
+    (2, 2, 9, 40, 3, (3, 5), {"padding": (1, 2)}),
     # Many rows of windows for few weights, and kernels of more taps than a tile.
     (9, 1, 40, 41, 3, (3, 3), {}),
     (2, 1, 40, 41, 3, (5, 5), {"padding": 2}),
@@ -137,14 +141,17 @@ def blocks() -> dict[str, tuple[Tensor, Tensor]]:
     """An input and weights for each way through the backward."""
     return {
         "windows": (torch.randn(2, 1, 32, 32), torch.randn(6, 1, 3, 3)),
-        "winners": (torch.randn(2, 8, 15, 15), torch.randn(16, 8, 3, 3)),
+        "winners": (torch.randn(2, 4, 15, 15), torch.randn(16, 4, 5, 5)),
+        "neighbourhoods": (torch.randn(2, 6, 15, 15), torch.randn(16, 6, 3, 3)),
         "dense": (torch.randn(2, 32, 14, 14), torch.randn(32, 32, 3, 3)),
     }
 
 
 @pytest.mark.parametrize("backward", blocks())
-def test_explain_names_the_backward(backward: str) -> None:
+def test_explain_names_the_backward(backward: str, isa: str) -> None:
     x, weight = blocks()[backward]
+    if isa == "baseline" and backward == "neighbourhoods":
+        backward = "winners"  # which do not fit its registers
     assert explain(functional.conv2d_relu_max_pool2d, x, weight)["backward"] == backward
 
 
@@ -285,6 +292,20 @@ def test_16_bit_gradients_go_to_the_winners_of_the_three_operators(
         for expected, actual in zip(*gradients, strict=True):
             difference = (expected.float() - actual.float()).norm() / expected.float().norm()
             assert difference < torch.finfo(dtype).eps
+
+
+def test_infinite_gradients_reach_what_they_do_in_torch() -> None:
+    """Whatever the way back: some lay out what they multiply with zeros around it."""
+    for name, (x, weight) in blocks().items():
+        image = x.clone().requires_grad_()
+        output = functional.conv2d_relu_max_pool2d(image, weight)
+        gradient = torch.ones_like(output)
+        gradient[0, 1, 2, 2] = float("inf")
+        (ours,) = torch.autograd.grad(output, image, gradient)
+        (theirs,) = torch.autograd.grad(torch_block(image, weight, None), image, gradient)
+        assert bool(theirs.isinf().any()) == bool(output[0, 1, 2, 2] > 0), name
+        assert torch.isfinite(ours[1]).all(), name
+        assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs)), name
 
 
 def test_sums_over_many_winners_are_as_close_as_torch(backend: str) -> None:

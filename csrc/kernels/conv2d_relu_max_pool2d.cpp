@@ -16,6 +16,14 @@ bool pools_in_registers(const MaxPool2dProblem& window) {
          2 * window.out_height <= window.in_height && 2 * window.out_width <= window.in_width;
 }
 
+bool neighbourhoods_apply(const Conv2dReluMaxPool2dProblem& problem, Isa isa) {
+  const Conv2dProblem& conv = problem.conv;
+  const int64_t lanes = vector_bytes(isa) / accumulator_size(conv.dtype);
+  return pools_in_registers(problem.pool) && conv.groups == 1 && conv.kernel_height == 3 &&
+         conv.stride_h == 1 && conv.dilation_h == 1 && conv.dilation_w == 1 &&
+         neighbourhood_length(conv) <= 3 * lanes;
+}
+
 namespace {
 
 // Images whose convolution outputs are kept at a time: as many as a second-level
@@ -56,9 +64,10 @@ BlockBackward choose_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa
   const int64_t patch_vectors = conv.kernel_height * ceil_div(conv.kernel_width * channels, lanes);
   // Four products a tap and channel, two a cycle, of a vector of windows.
   const int64_t row_cycles = 2 * patch * vectors;
-  return row_cycles < (kWinnerCycles + patch_vectors) * problem.pool.out_width
-             ? BlockBackward::windows
-             : BlockBackward::winners;
+  const bool together = neighbourhoods_apply(problem, isa);
+  const int64_t winner_cycles = kWinnerCycles + (together ? 0 : patch_vectors);
+  if (row_cycles < winner_cycles * problem.pool.out_width) return BlockBackward::windows;
+  return together ? BlockBackward::neighbourhoods : BlockBackward::winners;
 }
 
 }  // namespace
@@ -191,6 +200,11 @@ void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem,
                                            grad_weight, grad_bias);
     if (grad_input == nullptr) return;
     grad_weight = grad_bias = nullptr;
+  }
+  if (plan.backward == BlockBackward::neighbourhoods) {
+    return conv2d_relu_max_pool2d_neighbourhoods_backward(problem, plan.isa, pool, grad_output,
+                                                          input, weight, argmax, grad_input,
+                                                          grad_weight, grad_bias);
   }
   conv2d_relu_max_pool2d_winners_backward(problem, plan.isa, pool, grad_output, input, weight,
                                           argmax, grad_input, grad_weight, grad_bias);

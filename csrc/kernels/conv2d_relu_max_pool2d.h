@@ -15,9 +15,10 @@ struct Conv2dReluMaxPool2dProblem {
 };
 
 enum class BlockBackward : uint8_t {
-  winners,  // each with its patch: conv2d_relu_max_pool2d_backward.inl
-  windows,  // the same, but of weights by rows of windows: ..._weight_gradient.inl
-  dense,    // through the gradient of the convolution's output and its own algorithms
+  winners,         // each with its patch: conv2d_relu_max_pool2d_backward.inl
+  windows,         // the same, but of weights by rows of windows: ..._weight_gradient.inl
+  neighbourhoods,  // all winners of a window together: ..._neighbourhoods.inl
+  dense,           // through the gradient of the convolution's output and its own algorithms
 };
 
 inline const char* backward_name(BlockBackward backward) {
@@ -26,6 +27,8 @@ inline const char* backward_name(BlockBackward backward) {
       return "winners";
     case BlockBackward::windows:
       return "windows";
+    case BlockBackward::neighbourhoods:
+      return "neighbourhoods";
     default:
       return "dense";
   }
@@ -44,6 +47,10 @@ struct Conv2dReluMaxPool2dPlan : Conv2dPlan {
 Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& problem,
                                            ConvAlgorithm algorithm, Isa isa, int threads);
 bool pools_in_registers(const MaxPool2dProblem& window);
+
+// Whether the pixels that a window reads fit the registers: 3 rows of a kernel at
+// stride 1, one group, and rows of few channels.
+bool neighbourhoods_apply(const Conv2dReluMaxPool2dProblem& problem, Isa isa);
 
 Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dProblem& problem,
                                                     Isa isa, int threads);

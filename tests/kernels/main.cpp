@@ -362,9 +362,10 @@ void check_block(Random& random) {
       expect_holds(values, pooled.values, "output");
       expect_holds(taps, winning_taps, "argmax");
     }
-    for (const BlockBackward backward :
-         {BlockBackward::winners, BlockBackward::windows, BlockBackward::dense}) {
+    for (const BlockBackward backward : {BlockBackward::winners, BlockBackward::windows,
+                                         BlockBackward::neighbourhoods, BlockBackward::dense}) {
       if (backward == BlockBackward::windows && !pools_in_registers(p.pool)) continue;
+      if (backward == BlockBackward::neighbourhoods && !neighbourhoods_apply(p, isa)) continue;
       Conv2dReluMaxPool2dPlan plan = chosen;
       plan.backward = backward;
       std::vector<char> scratch(static_cast<size_t>(block_backward_scratch_bytes(p, plan)));

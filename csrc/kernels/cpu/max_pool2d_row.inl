@@ -81,8 +81,8 @@ CNNK_INLINE void store_taps_as(Tap* to, Vec<Mask<A>> taps, int64_t count, int64_
     __builtin_memcpy(to, &narrow_taps, sizeof narrow_taps);
     return;
   }
-  Tap values[lanes];
-  __builtin_memcpy(values, &narrow_taps, sizeof values);
+  Tap values[lanes < 8 ? 8 : lanes] = {};  // copy_taps moves eight bytes at a time
+  __builtin_memcpy(values, &narrow_taps, sizeof narrow_taps);
   if (step == 1) return copy_taps(values, to, count);
   for (int64_t i = 0; i < count; ++i) to[i * step] = values[i];
 }
