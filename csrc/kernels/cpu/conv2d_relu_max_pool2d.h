@@ -48,7 +48,7 @@ inline int64_t neighbourhood_length(const Conv2dProblem& conv) {
 
 // Slices of the batch with totals of their own: the problem's, not the threads'.
 inline int64_t window_gradient_slices(const Conv2dReluMaxPool2dProblem& problem) {
-  return std::min<int64_t>(problem.conv.batch, 16);
+  return std::clamp<int64_t>(problem.conv.batch, 1, 16);
 }
 
 }  // namespace cnnkernels
