@@ -426,8 +426,8 @@ class Conv2dReLUMaxPool2dArgmaxFunction(Function):
     """Convolution, ReLU and max pooling as one operator, and each window's winning tap.
 
     Takes the arguments of :class:`Conv2dReLUMaxPool2dFunction`. A first backward runs the
-    operator's own, which visits only the winners; a derivative that is itself to be differentiated
-    goes through the backward of the pool and that of the convolution.
+    operator's own, by the way that :func:`cnnkernels.explain` names; a derivative that is itself to
+    be differentiated goes through the backward of the pool and that of the convolution.
     """
 
     @staticmethod
