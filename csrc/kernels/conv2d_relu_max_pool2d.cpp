@@ -195,13 +195,17 @@ void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem,
     return conv2d_backward(problem.conv, plan.isa, pool, scratch, input, weight, grad_input,
                            grad_weight, grad_bias);
   }
-  if (plan.backward == BlockBackward::windows && (grad_weight != nullptr || grad_bias != nullptr)) {
-    conv2d_relu_max_pool2d_window_gradient(problem, plan.isa, pool, grad_output, input, argmax,
-                                           grad_weight, grad_bias);
+  bool together = plan.backward == BlockBackward::neighbourhoods;
+  if (plan.backward == BlockBackward::windows) {
+    if (grad_weight != nullptr || grad_bias != nullptr) {
+      conv2d_relu_max_pool2d_window_gradient(problem, plan.isa, pool, grad_output, input, argmax,
+                                             grad_weight, grad_bias);
+    }
     if (grad_input == nullptr) return;
     grad_weight = grad_bias = nullptr;
+    together = neighbourhoods_apply(problem, plan.isa);
   }
-  if (plan.backward == BlockBackward::neighbourhoods) {
+  if (together) {
     return conv2d_relu_max_pool2d_neighbourhoods_backward(problem, plan.isa, pool, grad_output,
                                                           input, weight, argmax, grad_input,
                                                           grad_weight, grad_bias);

@@ -14,8 +14,10 @@
 #include "kernels/cpu/pixel_rows.inl"
 
 constexpr int kOutputs = 4;              // of a window
-constexpr int kNeighbourhoodRows = 4;    // three of a kernel, and one more
-constexpr int64_t kWindowsPerSum = 128;  // a quarter of them is one chain of a total
+constexpr int kSlots = kOutputs + 1;     // and one for windows without a winner
+constexpr int kPatchRows = 3;            // of an output
+constexpr int kNeighbourhoodRows = 4;    // of all four
+constexpr int64_t kWindowsPerSum = 256;  // a quarter of them is one chain of a total
 constexpr int64_t kSumsPerTotal = 32;    // which are added up before they are in double
 
 // One image in rows of pixels, and its windows: channel k of window w has gradient
@@ -40,26 +42,27 @@ CNNK_INLINE void for_each_window(const WindowImage<T>& image, Visit&& visit) {
 }
 
 // gradient += the weights of the winners. `shifted` has the weights of channel k and
-// output p at (k * kOutputs + p) * kNeighbourhoodRows * Vectors vectors, and behind the
-// last channel's zeros for a window without a winner.
+// output p at (k * kSlots + p) * kNeighbourhoodRows * Vectors vectors, and zeros for no
+// winner, so that none is looked for.
 template <int Vectors, class T>
 void add_winners_weights(const WindowImage<T>& image, const Accumulator<T>* shifted,
                          Accumulator<T>* gradient) {
   using A = Accumulator<T>;
   constexpr int kCount = kNeighbourhoodRows * Vectors;
-  const A* const none = shifted + image.channels * kOutputs * kCount * kLanes<A>;
   for_each_window(image, [&](int64_t window, int64_t offset) {
+    const uint8_t* tap = image.argmax + window;
+    const T* winner = image.gradients + window;
+    const A* const end = shifted + image.channels * kSlots * kCount * kLanes<A>;
     Vec<A> sum[kCount];
 #pragma GCC unroll 12
     for (int i = 0; i < kCount; ++i) sum[i] = Vec<A>{};
-    for (int64_t k = 0; k < image.channels; ++k) {
-      const int64_t at = k * image.channel_step + window;
-      const uint8_t tap = image.argmax[at];
-      const A* const weights =
-          tap < kOutputs ? shifted + (k * kOutputs + tap) * kCount * kLanes<A> : none;
-      const Vec<A> g = broadcast(widen(image.gradients[at]));
+    for (const A* channel = shifted; channel != end; channel += kSlots * kCount * kLanes<A>) {
+      const A* const weights = channel + *tap * (kCount * kLanes<A>);
+      const Vec<A> g = broadcast(widen(*winner));
 #pragma GCC unroll 12
       for (int i = 0; i < kCount; ++i) sum[i] += g * load(weights + i * kLanes<A>);
+      tap += image.channel_step;
+      winner += image.channel_step;
     }
 #pragma GCC unroll 12
     for (int i = 0; i < kCount; ++i) {
@@ -69,33 +72,43 @@ void add_winners_weights(const WindowImage<T>& image, const Accumulator<T>* shif
   });
 }
 
-// totals[k][p] += g * neighbourhood over the windows of an image, laid out as the weights
-// of add_winners_weights are, and so is where windows without a winner add to nothing;
-// biases likewise, of one element.
+// totals[k][p] += g * rows over the windows of an image, of the neighbourhood's rows those
+// that output p reads; kSlots a channel as well. biases likewise, of one element.
 template <int Vectors, class T, class Flush>
 void add_winners_neighbourhoods(const WindowImage<T>& image, const Accumulator<T>* source,
                                 Accumulator<T>* totals, Accumulator<T>* biases, int64_t& windows,
                                 Flush&& flush) {
   using A = Accumulator<T>;
   constexpr int kCount = kNeighbourhoodRows * Vectors;
+  constexpr int kTotal = kPatchRows * Vectors;
+  // In memory, since a patch begins at its output's row, and aligned, since that of the
+  // image crosses a cache line with every vector.
+  alignas(CNNK_VECTOR_BYTES) A pixels[kCount * kLanes<A>];
   for_each_window(image, [&](int64_t window, int64_t offset) {
-    Vec<A> pixels[kCount];
 #pragma GCC unroll 12
     for (int i = 0; i < kCount; ++i) {
-      pixels[i] = load(source + offset + i / Vectors * image.row + i % Vectors * kLanes<A>);
+      store(pixels + i * kLanes<A>,
+            load(source + offset + i / Vectors * image.row + i % Vectors * kLanes<A>));
     }
-    for (int64_t k = 0; k < image.channels; ++k) {
-      const int64_t at = k * image.channel_step + window;
-      const uint8_t tap = image.argmax[at];
-      const int64_t slot = tap < kOutputs ? k * kOutputs + tap : image.channels * kOutputs;
-      const A gradient = widen(image.gradients[at]);
+    const uint8_t* tap = image.argmax + window;
+    const T* winner = image.gradients + window;
+    A* bias = biases;
+    A* const end = totals + image.channels * kSlots * kTotal * kLanes<A>;
+    for (A* channel = totals; channel != end; channel += kSlots * kTotal * kLanes<A>) {
+      const A gradient = widen(*winner);
       const Vec<A> g = broadcast(gradient);
-      biases[slot] += gradient;
-      A* const total = totals + slot * kCount * kLanes<A>;
-#pragma GCC unroll 12
-      for (int i = 0; i < kCount; ++i) {
-        store(total + i * kLanes<A>, load(total + i * kLanes<A>) + g * pixels[i]);
+      const int64_t p = *tap;
+      const A* const patch = pixels + p / 2 % 2 * Vectors * kLanes<A>;
+      A* const total = channel + p * kTotal * kLanes<A>;
+#pragma GCC unroll 9
+      for (int i = 0; i < kTotal; ++i) {
+        const int64_t lane = i * kLanes<A>;
+        store(total + lane, load(total + lane) + g * load(patch + lane));
       }
+      bias[p] += gradient;
+      tap += image.channel_step;
+      winner += image.channel_step;
+      bias += kSlots;
     }
     if (++windows == kWindowsPerSum) {
       flush();
@@ -104,20 +117,33 @@ void add_winners_neighbourhoods(const WindowImage<T>& image, const Accumulator<T
   });
 }
 
+// patch_row = the sum of a patch row's totals over the four outputs, of which those of the
+// second column have it `column` elements further on. `totals` are the first output's.
+template <int Vectors, class A>
+void fold_outputs(const A* totals, int64_t column, A* patch_row) {
+  constexpr int64_t output = kPatchRows * Vectors * kLanes<A>;
+  for (int64_t i = 0; i < Vectors * kLanes<A>; i += kLanes<A>) {
+    Vec<A> sum{};
+    for (int p = 0; p < kOutputs; ++p) sum += load(totals + p * output + p % 2 * column + i);
+    store(patch_row + i, sum);
+  }
+}
+
 // Throws for an argmax that no window has; whether all gradients are finite.
 template <class T>
 bool check_windows(const MaxPool2dProblem& window, const WindowImage<T>& image) {
-  using A = Accumulator<T>;
   const int64_t count = image.channels * image.height * image.width;
-  A marks = 0;
-  uint8_t last = 0;
-  for (int64_t i = 0; i < count; ++i) last = std::max(last, image.argmax[i]);
-  constexpr int64_t lanes = kLanes<A>;
-  Vec<A> zeros{};
+  typedef uint8_t Taps __attribute__((vector_size(CNNK_VECTOR_BYTES)));
+  Taps largest{};
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) zeros += load_widened(image.gradients + i) * A{0};
-  for (; i < count; ++i) marks += widen(image.gradients[i]) * A{0};
-  marks += sum_lanes<A>(zeros);
+  for (; i + CNNK_VECTOR_BYTES <= count; i += CNNK_VECTOR_BYTES) {
+    Taps taps;
+    __builtin_memcpy(&taps, image.argmax + i, sizeof taps);
+    largest = taps > largest ? taps : largest;
+  }
+  uint8_t last = 0;
+  for (int lane = 0; lane < CNNK_VECTOR_BYTES; ++lane) last = std::max(last, largest[lane]);
+  for (; i < count; ++i) last = std::max(last, image.argmax[i]);
   if (last > kOutputs) {
     const WinnerPositions positions(window);
     for (int64_t y = 0; y < image.height; ++y) {
@@ -130,7 +156,7 @@ bool check_windows(const MaxPool2dProblem& window, const WindowImage<T>& image) 
       }
     }
   }
-  return marks == A{0};
+  return all_finite(image.gradients, count);
 }
 
 template <class T, int Vectors>
@@ -140,18 +166,22 @@ void neighbourhood_backward_of(const Conv2dReluMaxPool2dProblem& problem, const 
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<A>;
   constexpr int64_t size = kNeighbourhoodRows * Vectors * lanes;
+  constexpr int64_t patch = kPatchRows * Vectors * lanes;
   const Conv2dProblem& conv = problem.conv;
   const MaxPool2dProblem& window = problem.pool;
   const PixelRows pixels = pixel_rows(conv);
   const int64_t channels = conv.in_channels;
-  const int64_t image_count = pixels.group() + (Vectors + 1) * lanes;
+  const int64_t image_count = round_up(pixels.group(), lanes) + (Vectors + 1) * lanes;
   const int64_t input_image = image_stride(channels, conv.in_height, conv.in_width);
   const int64_t outputs = window.out_height * window.out_width;
   const bool nchw = conv.layout == Layout::nchw;
-  const int64_t shifted_count = (conv.out_channels * kOutputs + 1) * size;
-  const int64_t slots = conv.out_channels * kOutputs + 1;
-  const int64_t totals_count = round_up(slots * (size + 1), lanes);
-  const int64_t channel_weights = conv.kernel_height * conv.kernel_width * channels;
+  const int64_t shifted_count = conv.out_channels * kSlots * size;
+  const int64_t slots = conv.out_channels * kSlots;
+  const int64_t totals_count = round_up(slots * (patch + 1), lanes);
+  const int64_t run = conv.kernel_width * channels;  // of a patch row
+  const int64_t channel_weights = conv.kernel_height * run;
+  const bool covers = pixels.rows >= conv.in_height + conv.pad_top &&
+                      pixels.columns >= conv.in_width + conv.pad_left;
   const bool weights = grad_weight != nullptr || grad_bias != nullptr;
   const int64_t slices = window_gradient_slices(problem);
   const int64_t slice_count = conv.out_channels * (channel_weights + 1);
@@ -171,16 +201,12 @@ void neighbourhood_backward_of(const Conv2dReluMaxPool2dProblem& problem, const 
       }
     }
   };
-  std::vector<int64_t> positions[kOutputs];  // of a channel's weights
-  for (int p = 0; p < kOutputs; ++p) {
-    for_each_weight(0, p, [&](int64_t at, int64_t) { positions[p].push_back(at); });
-  }
   if (grad_input != nullptr) {
     std::fill_n(shifted, shifted_count, A{0});
     for (int64_t k = 0; k < conv.out_channels; ++k) {
       for (int p = 0; p < kOutputs; ++p) {
         for_each_weight(k, p, [&](int64_t at, int64_t from) {
-          shifted[(k * kOutputs + p) * size + at] = widen(weight[from]);
+          shifted[(k * kSlots + p) * size + at] = widen(weight[from]);
         });
       }
     }
@@ -195,29 +221,34 @@ void neighbourhood_backward_of(const Conv2dReluMaxPool2dProblem& problem, const 
     A* const sums = gradient + image_count;
     A* const chains = sums + totals_count;
     std::fill_n(source, image_count, A{0});  // the border stays zero
+    std::fill_n(sums, 2 * totals_count, A{0});
     for (int64_t slice = begin; slice < end; ++slice) {
       double* const total = slice_workspace.as<double>() + slice * slice_count;
       std::fill_n(total, slice_count, 0.0);
-      std::fill_n(sums, 2 * totals_count, A{0});
       int64_t windows = 0, flushed = 0;
-      const auto empty_sums = [&] {
+      const auto empty = [&](A* from) {
+        double* next = total;
         for (int64_t k = 0; k < conv.out_channels; ++k) {
-          double* const folded = total + k * (channel_weights + 1);
-          for (int p = 0; p < kOutputs; ++p) {
-            const A* const slot = sums + (k * kOutputs + p) * size;
-            for (int64_t i = 0; i < channel_weights; ++i) folded[i] += slot[positions[p][i]];
-            folded[channel_weights] += sums[slots * size + k * kOutputs + p];
+          for (int64_t r = 0; r < kPatchRows; ++r) {
+            A patch_row[Vectors * lanes];
+            fold_outputs<Vectors>(from + k * kSlots * patch + r * Vectors * lanes,
+                                  conv.stride_w * channels, patch_row);
+            for (int64_t i = 0; i < run; ++i) *next++ += patch_row[i];
           }
+          const A* const biases = from + slots * patch + k * kSlots;
+          *next++ += biases[0] + biases[1] + biases[2] + biases[3];
         }
-        std::fill_n(sums, totals_count, A{0});
-        flushed = 0;
+        std::fill_n(from, totals_count, A{0});
       };
       const auto empty_chains = [&] {
         for (int64_t i = 0; i < totals_count; i += lanes) {
           store(sums + i, load(sums + i) + load(chains + i));
           store(chains + i, Vec<A>{});
         }
-        if (++flushed == kSumsPerTotal) empty_sums();
+        if (++flushed == kSumsPerTotal) {
+          empty(sums);
+          flushed = 0;
+        }
       };
       const int64_t n1 = conv.batch * (slice + 1) / slices;
       for (int64_t n = conv.batch * slice / slices; n < n1; ++n) {
@@ -239,7 +270,7 @@ void neighbourhood_backward_of(const Conv2dReluMaxPool2dProblem& problem, const 
             for (int64_t c = 0; c < channels; ++c)
               source[to + c] = widen(from_image[from + c * step]);
           });
-          add_winners_neighbourhoods<Vectors>(image, source, chains, chains + slots * size, windows,
+          add_winners_neighbourhoods<Vectors>(image, source, chains, chains + slots * patch, windows,
                                               empty_chains);
         }
         if (grad_input == nullptr) continue;
@@ -262,14 +293,15 @@ void neighbourhood_backward_of(const Conv2dReluMaxPool2dProblem& problem, const 
           });
         }
         T* const to_image = grad_input + n * input_image;
-        std::fill_n(to_image, input_image, T{});
+        if (!covers) std::fill_n(to_image, input_image, T{});
         for_each_pixel(conv, pixels, [&](int64_t, int64_t from, int64_t to, int64_t step) {
           for (int64_t c = 0; c < channels; ++c)
             to_image[to + c * step] = narrow<T>(gradient[from + c]);
         });
       }
-      empty_chains();
-      empty_sums();
+      if (!weights) continue;
+      if (flushed > 0) empty(sums);
+      empty(chains);
     }
   });
   if (!weights) return;

@@ -37,6 +37,7 @@ struct WindowProducts {
   const uint8_t* argmax;
   int64_t pitch;
   int64_t rows, columns;
+  bool finite;  // the plane, and what follows its rows
 };
 
 template <int Taps, class A>
@@ -65,7 +66,7 @@ void add_window_products(const WindowProducts<A>& windows, int64_t first_tap, Ve
         }
         const int64_t count = windows.columns - x;
         const auto add = [&](auto whole) {
-          // Past the row lie other elements, which may be infinite.
+          // Past the row lie other elements, which times zero are nothing if finite.
           const auto add_product = [&](Vec<A>& sum, Vec<A> g, const A* p) {
             sum += g * (decltype(whole)::value ? load(p) : load_head(p, count));
           };
@@ -79,7 +80,7 @@ void add_window_products(const WindowProducts<A>& windows, int64_t first_tap, Ve
             add_product(chain[t], won[3], bottom + odd[t]);
           }
         };
-        if (count >= lanes) {
+        if (count >= lanes || windows.finite) {
           add(std::true_type{});
         } else {
           add(std::false_type{});
@@ -160,6 +161,7 @@ void window_weight_gradient(const Conv2dReluMaxPool2dProblem& problem, const Thr
     A* const planes = workspace.as<A>() + sums_count;
     A* const gradients = planes + packed_count;
     uint8_t* const winners = reinterpret_cast<uint8_t*>(gradients + window_rows * pitch);
+    std::fill_n(planes, packed_count, A{0});
     std::fill_n(gradients, window_rows * pitch, A{0});
     std::fill_n(winners, window_rows * pitch, static_cast<uint8_t>(window.no_winner()));
     for (int64_t slice = begin; slice < end; ++slice) {
@@ -179,6 +181,7 @@ void window_weight_gradient(const Conv2dReluMaxPool2dProblem& problem, const Thr
                       std::min(kInterleavedChannels, conv.in_channels - c), packed, A{0},
                       planes + c * packed.plane());
         }
+        const bool finite = all_finite(planes, packed_count);
         for (int64_t row = 0; row < window_rows; ++row) {
           const int64_t k = row / window.out_height, y = row % window.out_height;
           const int64_t from = n * output_image + k * pooled.channel_stride + y * pooled.row_stride;
@@ -194,7 +197,8 @@ void window_weight_gradient(const Conv2dReluMaxPool2dProblem& problem, const Thr
                                         winners + k * window.out_height * pitch,
                                         pitch,
                                         window.out_height,
-                                        window.out_width};
+                                        window.out_width,
+                                        finite};
           for (int64_t c = 0; c < group_in; ++c) {
             products.plane = planes + (k / group_out * group_in + c) * packed.plane();
             Vec<A>* const sum = sums + (k * group_in + c) * taps;

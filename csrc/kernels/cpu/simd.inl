@@ -78,14 +78,33 @@ CNNK_INLINE Vec<Mask<T>> first_lanes(int64_t n) {
   return lane_numbers<Mask<T>>() < broadcast<Mask<T>>(static_cast<Mask<T>>(n));
 }
 
-template <class T>
+// The lanes of two vectors that At(0), At(1), ... name, the second's from kLanes on.
+template <class T, int (*At)(int), size_t... I>
+CNNK_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, At(I)...);
+#else
+  return __builtin_shuffle(a, b, Vec<Mask<T>>{At(I)...});
+#endif
+}
+template <class T, int (*At)(int)>
+CNNK_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b) {
+  return shuffled<T, At>(a, b, std::make_index_sequence<kLanes<T>>());
+}
+
+// By halves: lane i and lane i + width, until one is left.
+template <int Width>
+constexpr int lane_above(int i) {
+  return (i + Width) % (2 * Width);
+}
+template <class T, int Width = kLanes<T> / 2>
 CNNK_INLINE T sum_lanes(Vec<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  v += shuffled<T, lane_above<Width>>(v, v);
+  if constexpr (Width == 1) {
+    return v[0];
+  } else {
+    return sum_lanes<T, Width / 2>(v);
   }
-  return lanes[0];
 }
 
 // Becomes NaN where a value is not finite.
@@ -142,6 +161,17 @@ CNNK_INLINE void store_narrowed(float16* p, Vec<float> v) {
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<float16>(v[i]);
 #endif
+}
+
+template <class T>
+CNNK_INLINE bool all_finite(const T* values, int64_t count) {
+  using A = Accumulator<T>;
+  Vec<A> marks{};
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) marks += load_widened(values + i) * A{0};
+  A rest = sum_lanes<A>(marks);
+  for (; i < count; ++i) rest += widen(values[i]) * A{0};
+  return rest == A{0};
 }
 
 // The first n < lanes elements; the other lanes read as `fill`.
@@ -261,20 +291,6 @@ CNNK_INLINE void store_out(DType dtype, void* out, int64_t at, Vec<A> v, int64_t
   } else {
     store_head(to, v, count);
   }
-}
-
-// The lanes of two vectors that At(0), At(1), ... name, the second's from kLanes on.
-template <class T, int (*At)(int), size_t... I>
-CNNK_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, At(I)...);
-#else
-  return __builtin_shuffle(a, b, Vec<Mask<T>>{At(I)...});
-#endif
-}
-template <class T, int (*At)(int)>
-CNNK_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b) {
-  return shuffled<T, At>(a, b, std::make_index_sequence<kLanes<T>>());
 }
 
 constexpr int even_lane(int i) { return 2 * i; }
