@@ -25,6 +25,13 @@ SHAPES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
         ((2, channels, 6, 7), {"kernel_size": 3, "stride": 2, "padding": 1})
         for channels in (*range(1, 10), 15, 16, 17, 35)
     ],
+    # Rows that windows share, without and with a border on either side.
+    *[
+        ((1, 2, height, width), {"kernel_size": 3, "stride": 2, "padding": padding})
+        for height, width in [(4, 6), (7, 8), (5, 31), (6, 32), (9, 34), (8, 70), (700, 66)]
+        for padding in [0, 1, (0, 1), (1, 0)]
+    ],
+    ((2, 3, 300, 41), {"kernel_size": 2}),  # several bands
     ((2, 3, 11, 13), {"kernel_size": 3, "stride": 1, "padding": 1}),
     ((2, 3, 11, 13), {"kernel_size": (2, 3), "stride": (3, 2), "padding": (1, 0)}),
     ((2, 3, 11, 13), {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
@@ -139,12 +146,14 @@ def test_any_window(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads(threads: int, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize("window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2}])
+def test_threads(window: dict[str, Any], threads: int, memory_format: torch.memory_format) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         x = values((5, 20, 50, 52), torch.float32, "ties").contiguous(memory_format=memory_format)
-        compare(x, {"kernel_size": 3, "stride": 2, "padding": 1})
+        compare(x, {**window, "padding": 1})
+        compare(x, window)
     finally:
         torch.set_num_threads(before)
 
@@ -162,6 +171,15 @@ def test_foreign_argmax_is_refused_and_nothing_is_touched() -> None:
         torch.ops.cnnkernels.max_pool2d_backward(grad, argmax, [1, 1, 4, 4], [2, 2])
     with pytest.raises(RuntimeError, match="argmax must be uint8"):
         torch.ops.cnnkernels.max_pool2d_backward(grad, argmax.long(), [1, 1, 4, 4], [2, 2])
+
+
+@pytest.mark.parametrize("tap", [5, 255])
+@pytest.mark.parametrize("at", [(0, 0, 0), (1, 9, 33), (2, 4, 16)])
+def test_argmax_of_no_window_is_refused(at: tuple[int, int, int], tap: int) -> None:
+    grad, argmax = torch.ones(1, 3, 10, 34), torch.zeros(1, 3, 10, 34, dtype=torch.uint8)
+    argmax[(0, *at)] = tap
+    with pytest.raises(ValueError, match=rf"argmax holds {tap} for window \({at[1]}, {at[2]}\)"):
+        torch.ops.cnnkernels.max_pool2d_backward(grad, argmax, [1, 3, 21, 69], [2, 2])
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -191,9 +209,11 @@ def test_explain_names_the_passes() -> None:
         plan = explain(functional.max_pool2d, x, *window)
         return plan["algorithm"], plan["backward"]
 
-    assert passes(x, 2) == ("rows", "gather")
-    assert passes(x, 3, 2, 1) == ("packed rows", "gather")
-    assert passes(x.bfloat16(), 2) == ("packed rows", "gather")
+    assert passes(x, 2) == ("quads", "quads")
+    assert passes(x.bfloat16(), 2) == ("quads", "quads")
+    assert passes(x, 3, 2, 1) == ("shared rows", "gather")
+    assert passes(x, 3, 1)[0] == "rows"
+    assert passes(x, 3, 1, 1)[0] == passes(x.bfloat16(), 3, 1)[0] == "packed rows"
     assert passes(x, 5, 1, 2) == ("separable", passes(x, 5, 1)[1])
     assert passes(x.contiguous(memory_format=torch.channels_last), 2)[0] == "channel vectors"
     assert passes(x, 13, 1, 6) == ("separable", "scatter")

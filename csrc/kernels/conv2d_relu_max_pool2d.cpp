@@ -9,17 +9,10 @@
 
 namespace cnnkernels {
 
-bool pools_in_registers(const MaxPool2dProblem& window) {
-  return window.kernel_height == 2 && window.kernel_width == 2 && window.stride_h == 2 &&
-         window.stride_w == 2 && window.pad_top == 0 && window.pad_left == 0 &&
-         window.dilation_h == 1 && window.dilation_w == 1 &&
-         2 * window.out_height <= window.in_height && 2 * window.out_width <= window.in_width;
-}
-
 bool neighbourhoods_apply(const Conv2dReluMaxPool2dProblem& problem, Isa isa) {
   const Conv2dProblem& conv = problem.conv;
   const int64_t lanes = vector_bytes(isa) / accumulator_size(conv.dtype);
-  return pools_in_registers(problem.pool) && conv.groups == 1 && conv.kernel_height == 3 &&
+  return windows_are_quads(problem.pool) && conv.groups == 1 && conv.kernel_height == 3 &&
          conv.stride_h == 1 && conv.dilation_h == 1 && conv.dilation_w == 1 &&
          neighbourhood_length(conv) <= 3 * lanes;
 }
@@ -40,7 +33,7 @@ int64_t images_per_stage(const Conv2dProblem& conv) {
 bool stage_pays(const Conv2dReluMaxPool2dProblem& problem, Isa isa, int threads) {
   const ConvAlgorithm algorithm = plan_conv2d(problem.conv, isa, threads).algorithm;
   if (algorithm == ConvAlgorithm::direct) return false;
-  return algorithm != ConvAlgorithm::outer_product || !pools_in_registers(problem.pool);
+  return algorithm != ConvAlgorithm::outer_product || !windows_are_quads(problem.pool);
 }
 
 // Winners are few, at most one in a window, but each is multiplied alone, by runs
@@ -56,7 +49,7 @@ BlockBackward choose_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa
   const int64_t channels = conv.in_channels / conv.groups;
   const int64_t patch = channels * conv.kernel_height * conv.kernel_width;
   if (channels >= kManyChannels || patch >= kLargePatch) return BlockBackward::dense;
-  if (!pools_in_registers(problem.pool) || problem.pool.outputs() == 0) {
+  if (!windows_are_quads(problem.pool) || problem.pool.outputs() == 0) {
     return BlockBackward::winners;
   }
   const int64_t lanes = vector_bytes(isa) / accumulator_size(conv.dtype);
@@ -77,7 +70,7 @@ Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& pro
   const MaxPool2dProblem& window = problem.pool;
   Conv2dReluMaxPool2dPlan plan;
   static_cast<Conv2dPlan&>(plan) = plan_forward(problem.conv, algorithm, isa, threads);
-  plan.pool_in_registers = pools_in_registers(window);
+  plan.pool_in_registers = windows_are_quads(window);
   plan.staged = false;
   plan.backward = choose_backward(problem, isa);
   if (algorithm == ConvAlgorithm::outer_product) {
@@ -120,7 +113,7 @@ Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dPro
     return plan;
   }
   ConvAlgorithm algorithm = ConvAlgorithm::direct;
-  if (pools_in_registers(problem.pool)) {
+  if (windows_are_quads(problem.pool)) {
     algorithm =
         cheaper_forward(problem.conv, isa, problem.pool.out_height, problem.pool.out_width, 4);
   }

@@ -46,7 +46,6 @@ struct Conv2dReluMaxPool2dPlan : Conv2dPlan {
 // The outer product does only what pools in registers.
 Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& problem,
                                            ConvAlgorithm algorithm, Isa isa, int threads);
-bool pools_in_registers(const MaxPool2dProblem& window);
 
 // Whether the pixels that a window reads fit the registers: 3 rows of a kernel at
 // stride 1, one group, and rows of few channels.

@@ -34,7 +34,24 @@ bool pays_in_two_passes(const MaxPool2dProblem& problem) {
   return 5 * comparisons < 4 * problem.window();
 }
 
+// 3x3 windows at stride 2, of which at most a first row, a first column and a last
+// row lie outside of the image. A window that has its middle row has another.
+bool rows_can_be_shared(const MaxPool2dProblem& problem) {
+  return problem.layout == Layout::nchw && problem.kernel_height == 3 &&
+         problem.kernel_width == 3 && problem.stride_h == 2 && problem.stride_w == 2 &&
+         problem.dilation_h == 1 && problem.dilation_w == 1 && problem.pad_top <= 1 &&
+         problem.pad_left <= 1 && columns_reached(problem) - problem.pad_left <= problem.in_width &&
+         2 * problem.out_height - problem.pad_top <= problem.in_height;
+}
+
 }  // namespace
+
+bool windows_are_quads(const MaxPool2dProblem& problem) {
+  return problem.kernel_height == 2 && problem.kernel_width == 2 && problem.stride_h == 2 &&
+         problem.stride_w == 2 && problem.pad_top == 0 && problem.pad_left == 0 &&
+         problem.dilation_h == 1 && problem.dilation_w == 1 &&
+         2 * problem.out_height <= problem.in_height && 2 * problem.out_width <= problem.in_width;
+}
 
 PackedPlanes packed_pool_input(const MaxPool2dProblem& problem) {
   PackedPlanes packed;
@@ -55,9 +72,13 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
   const int64_t overlap = (problem.kernel_height - 1) * problem.dilation_h + 1 - problem.stride_h;
   const int64_t bytes = problem.outputs() * problem.window() * element_size(problem.dtype);
   MaxPool2dPlan plan;
-  plan.in_place = reads_in_place(problem);
-  plan.separable = pays_in_two_passes(problem);
+  plan.quads = problem.layout == Layout::nchw && windows_are_quads(problem);
+  plan.shared_rows = rows_can_be_shared(problem);
+  plan.in_place = plan.quads || plan.shared_rows || reads_in_place(problem);
+  plan.separable = !plan.shared_rows && pays_in_two_passes(problem);
   plan.algorithm = plan.separable                   ? "separable"
+                   : plan.quads                     ? "quads"
+                   : plan.shared_rows               ? "shared rows"
                    : problem.layout == Layout::nhwc ? "channel vectors"
                    : plan.in_place                  ? "rows"
                                                     : "packed rows";
@@ -89,14 +110,22 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, Isa isa, int thre
   return plan;
 }
 
+void max_pool2d_forward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
+                        const void* input, void* output, void* argmax, bool clips) {
+  const MaxPool2dPlan plan = plan_max_pool2d(problem, isa, pool.threads);
+  const auto run = plan.quads         ? &max_pool2d_quads_forward
+                   : plan.shared_rows ? &max_pool2d_shared_rows_forward
+                                      : &max_pool2d_windows_forward;
+  run(problem, plan, pool, input, output, argmax, clips);
+}
+
 void max_pool2d_backward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
                          const void* grad_output, const void* argmax, void* grad_input) {
   const MaxPool2dPlan plan = plan_max_pool2d(problem, isa, pool.threads);
-  if (plan.gathers) {
-    max_pool2d_gathered_backward(problem, plan, pool, grad_output, argmax, grad_input);
-  } else {
-    max_pool2d_scattered_backward(problem, plan, pool, grad_output, argmax, grad_input);
-  }
+  const auto run = plan.quads     ? &max_pool2d_quads_backward
+                   : plan.gathers ? &max_pool2d_gathered_backward
+                                  : &max_pool2d_scattered_backward;
+  run(problem, plan, pool, grad_output, argmax, grad_input);
 }
 
 }  // namespace cnnkernels

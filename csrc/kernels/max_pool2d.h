@@ -35,11 +35,16 @@ struct MaxPool2dProblem {
   int64_t outputs() const { return batch * channels * out_height * out_width; }
 };
 
+// 2x2 windows at stride 2 inside of the image, of which no two share an element.
+bool windows_are_quads(const MaxPool2dProblem& problem);
+
 struct MaxPool2dPlan {
   const char* algorithm;
   Isa isa;
   int vector_lanes;
   int threads;            // 1: the call stays on its own thread
+  bool quads;             // windows_are_quads, NCHW: kernels of their own
+  bool shared_rows;       // the forward of 3x3 windows at stride 2, NCHW
   bool separable;         // maxima of rows first, then of these
   bool in_place;          // rows are read where they lie; NCHW
   int64_t rows_per_band;  // output rows of a task whose input stays in the cache; NCHW, separable

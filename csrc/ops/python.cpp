@@ -550,7 +550,7 @@ py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle
   const MaxPool2dPlan plan = plan_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
   py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
   result["argmax_bytes"] = problem.compact_argmax() ? 1 : 4;
-  result["backward"] = plan.gathers ? "gather" : "scatter";
+  result["backward"] = plan.quads ? "quads" : plan.gathers ? "gather" : "scatter";
   return result;
 }
 

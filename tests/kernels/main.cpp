@@ -339,7 +339,7 @@ void check_block(Random& random) {
   const std::string context = describe(p.conv) + ", " + describe(p.pool);
   const void* const bias_data = with_bias ? bias.data() : nullptr;
   for (const ConvAlgorithm algorithm : kBlockAlgorithms) {
-    if (algorithm == ConvAlgorithm::outer_product && !pools_in_registers(p.pool)) continue;
+    if (algorithm == ConvAlgorithm::outer_product && !windows_are_quads(p.pool)) continue;
     for_each_run(context + ", " + algorithm_name(algorithm), [&](Isa isa, const ThreadPool& pool) {
       const Memory values(element, shape, strides);
       const Memory taps(tap_element, shape, strides);
@@ -366,7 +366,7 @@ void check_block(Random& random) {
     }
     for (const BlockBackward backward : {BlockBackward::winners, BlockBackward::windows,
                                          BlockBackward::neighbourhoods, BlockBackward::dense}) {
-      if (backward == BlockBackward::windows && !pools_in_registers(p.pool)) continue;
+      if (backward == BlockBackward::windows && !windows_are_quads(p.pool)) continue;
       if (backward == BlockBackward::neighbourhoods && !neighbourhoods_apply(p, isa)) continue;
       Conv2dReluMaxPool2dPlan plan = chosen;
       plan.backward = backward;

@@ -13,7 +13,7 @@ void conv2d_relu_max_pool2d_direct_forward(const Conv2dReluMaxPool2dProblem& pro
                                            const void* weight, const void* bias, void* output,
                                            void* argmax);
 
-// Needs pools_in_registers.
+// Needs windows_are_quads.
 void conv2d_relu_max_pool2d_outer_product_forward(const Conv2dReluMaxPool2dProblem& problem,
                                                   const Conv2dReluMaxPool2dPlan& plan,
                                                   const ThreadPool& pool, const void* input,
@@ -27,7 +27,7 @@ void conv2d_relu_max_pool2d_winners_backward(const Conv2dReluMaxPool2dProblem& p
                                              void* grad_weight, void* grad_bias);
 
 // The gradients of weight and bias, either of which may be null. Needs
-// pools_in_registers.
+// windows_are_quads.
 void conv2d_relu_max_pool2d_window_gradient(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
                                             const ThreadPool& pool, const void* grad_output,
                                             const void* input, const void* argmax,

@@ -5,10 +5,10 @@
 
 namespace cnnkernels {
 
-void max_pool2d_forward(const MaxPool2dProblem& problem, Isa isa, const ThreadPool& pool,
-                        const void* input, void* output, void* argmax, bool clips) {
-  const MaxPool2dPlan plan = plan_max_pool2d(problem, isa, pool.threads);
-  CNNK_TIER_FUNCTION(isa, forward)(problem, plan, pool, input, output, argmax, clips);
+void max_pool2d_windows_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
+                                const ThreadPool& pool, const void* input, void* output,
+                                void* argmax, bool clips) {
+  CNNK_TIER_FUNCTION(plan.isa, forward)(problem, plan, pool, input, output, argmax, clips);
 }
 
 }  // namespace cnnkernels

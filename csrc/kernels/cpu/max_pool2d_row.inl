@@ -211,3 +211,40 @@ void pool_rows(const MaxPool2dProblem& problem, const PoolRow<A>& row, int64_t y
     run_source(std::false_type{});
   }
 }
+
+// For windows that are read where they lie, of any type.
+
+// Even and odd ones of the 2 * count elements from p on; what follows is not read.
+template <class T>
+CNNK_INLINE EvenOdd<Accumulator<T>> load_columns(const T* p, int64_t count) {
+  using A = Accumulator<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t rest = 2 * count - lanes;
+  const Vec<A> low = rest >= 0 ? load_widened(p) : load_head(p, 2 * count);
+  const Vec<A> high = rest >= lanes ? load_widened(p + lanes)
+                      : rest > 0    ? load_head(p + lanes, rest)
+                                    : Vec<A>{};
+  return {shuffled<A, even_lane>(low, high), shuffled<A, odd_lane>(low, high)};
+}
+
+// for_each_vector with a number of lanes that is known where it is a whole vector's.
+template <class A, class Body>
+CNNK_INLINE void for_each_known_vector(int64_t width, Body&& body) {
+  constexpr Constant<kLanes<A>> lanes;
+  if (width < lanes.value) return body(0, width);
+  for (int64_t x = 0; x < width; x += lanes.value) body(std::min(x, width - lanes.value), lanes);
+}
+
+// Calls body with the plane and output rows [y0, y1) of each task.
+template <class Body>
+void for_each_band(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
+                   const ThreadPool& pool, Body&& body) {
+  const int64_t bands = ceil_div(problem.out_height, plan.rows_per_band);
+  parallel_for(pool, problem.batch * problem.channels * bands, plan.threads == 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t y0 = task % bands * plan.rows_per_band;
+                   body(task / bands, y0, std::min(problem.out_height, y0 + plan.rows_per_band));
+                 }
+               });
+}
