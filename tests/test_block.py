@@ -41,7 +41,7 @@ SHAPES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]] = 
     (3, 40, 12, 14, 48, (3, 3), {"padding": 1}),
     (2, 36, 9, 11, 34, (3, 3), {"padding": 1} | STEM_POOL),
     # More windows than are summed at once, kernels of other widths and strides.
-    (3, 6, 28, 30, 5, (3, 3), {"padding": 1}),
+    (3, 6, 40, 42, 5, (3, 3), {"padding": 1}),
     (2, 5, 15, 17, 7, (3, 2), {"stride": (1, 2)}),
     (2, 2, 9, 40, 3, (3, 5), {"padding": (1, 2)}),
     # Many rows of windows for few weights, and kernels of more taps than a tile.
@@ -183,6 +183,17 @@ def test_a_gradient_alone_is_the_one_of_all_three(backward: str) -> None:
     for i in range(3):
         wanted = [j == i for j in range(3)]
         assert torch.equal(gradients(*wanted)[i], whole[i])
+
+
+def test_more_windows_than_totals_take_at_a_time(isa: str) -> None:
+    """As many channels as fill the registers of each tier."""
+    ways = set()
+    for channels in (3, 6, 12):
+        shape = (1, channels, 190, 190, 3, (3, 3), {})
+        arguments = integers(shape, torch.float32, torch.contiguous_format)
+        ways.add(explain(functional.conv2d_relu_max_pool2d, *arguments)["backward"])
+        compare(functional.conv2d_relu_max_pool2d, torch_block, arguments, str(shape))
+    assert "neighbourhoods" in ways
 
 
 def test_rounded_values_are_as_close_as_torch() -> None:
