@@ -63,6 +63,14 @@ BlockBackward choose_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa
   return together ? BlockBackward::neighbourhoods : BlockBackward::winners;
 }
 
+void plan_backward(const Conv2dReluMaxPool2dProblem& problem, Isa isa,
+                   Conv2dReluMaxPool2dPlan& plan) {
+  plan.backward = plan.input_backward = choose_backward(problem, isa);
+  if (plan.backward != BlockBackward::windows) return;
+  plan.input_backward =
+      neighbourhoods_apply(problem, isa) ? BlockBackward::neighbourhoods : BlockBackward::winners;
+}
+
 }  // namespace
 
 Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& problem,
@@ -72,7 +80,7 @@ Conv2dReluMaxPool2dPlan plan_block_forward(const Conv2dReluMaxPool2dProblem& pro
   static_cast<Conv2dPlan&>(plan) = plan_forward(problem.conv, algorithm, isa, threads);
   plan.pool_in_registers = windows_are_quads(window);
   plan.staged = false;
-  plan.backward = choose_backward(problem, isa);
+  plan_backward(problem, isa, plan);
   if (algorithm == ConvAlgorithm::outer_product) {
     plan.rows_per_task =
         plan.weights_first ? window.out_height : std::max<int64_t>(1, plan.rows_per_task / 2);
@@ -109,7 +117,7 @@ Conv2dReluMaxPool2dPlan plan_conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dPro
                             element_size(stage.dtype);
     plan.pool_in_registers = false;
     plan.staged = true;
-    plan.backward = choose_backward(problem, isa);
+    plan_backward(problem, isa, plan);
     return plan;
   }
   ConvAlgorithm algorithm = ConvAlgorithm::direct;
@@ -188,7 +196,6 @@ void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem,
     return conv2d_backward(problem.conv, plan.isa, pool, scratch, input, weight, grad_input,
                            grad_weight, grad_bias);
   }
-  bool together = plan.backward == BlockBackward::neighbourhoods;
   if (plan.backward == BlockBackward::windows) {
     if (grad_weight != nullptr || grad_bias != nullptr) {
       conv2d_relu_max_pool2d_window_gradient(problem, plan.isa, pool, grad_output, input, argmax,
@@ -196,9 +203,8 @@ void conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dProblem& problem,
     }
     if (grad_input == nullptr) return;
     grad_weight = grad_bias = nullptr;
-    together = neighbourhoods_apply(problem, plan.isa);
   }
-  if (together) {
+  if (plan.input_backward == BlockBackward::neighbourhoods) {
     return conv2d_relu_max_pool2d_neighbourhoods_backward(problem, plan.isa, pool, grad_output,
                                                           input, weight, argmax, grad_input,
                                                           grad_weight, grad_bias);

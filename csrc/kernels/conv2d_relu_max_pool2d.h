@@ -16,7 +16,7 @@ struct Conv2dReluMaxPool2dProblem {
 
 enum class BlockBackward : uint8_t {
   winners,         // each with its patch: conv2d_relu_max_pool2d_backward.inl
-  windows,         // the same, but of weights by rows of windows: ..._weight_gradient.inl
+  windows,         // of weights, by rows of windows: ..._weight_gradient.inl
   neighbourhoods,  // all winners of a window together: ..._neighbourhoods.inl
   dense,           // through the gradient of the convolution's output and its own algorithms
 };
@@ -40,7 +40,8 @@ struct Conv2dReluMaxPool2dPlan : Conv2dPlan {
   // The convolution of some images by its own plan, as many as a second-level cache
   // holds or one, then their pooling: where the cheapest algorithm pools nothing itself.
   bool staged;
-  BlockBackward backward;
+  BlockBackward backward;        // of the weights and the bias
+  BlockBackward input_backward;  // of the input, the same if it has one: windows have none
 };
 
 // The outer product does only what pools in registers.

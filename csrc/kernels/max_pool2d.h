@@ -35,7 +35,8 @@ struct MaxPool2dProblem {
   int64_t outputs() const { return batch * channels * out_height * out_width; }
 };
 
-// 2x2 windows at stride 2 inside of the image, of which no two share an element.
+// 2x2 windows at stride 2 inside of the image, of which no two share an element. (An axis
+// with one output has its stride set to 1 on the way here, and is none.)
 bool windows_are_quads(const MaxPool2dProblem& problem);
 
 struct MaxPool2dPlan {
@@ -67,6 +68,18 @@ class WinnerPositions {
       for (int64_t s = 0; s < problem.kernel_width; ++s) {
         taps_.push_back(
             {r * problem.dilation_h - problem.pad_top, s * problem.dilation_w - problem.pad_left});
+      }
+    }
+  }
+
+  // Throws for the first tap of the window rows [y0, y1) that is neither of its window
+  // nor no winner; tap_at(y, x) reads them.
+  template <class TapAt>
+  void check(int64_t y0, int64_t y1, TapAt&& tap_at) const {
+    for (int64_t y = y0; y < y1; ++y) {
+      for (int64_t x = 0; x < problem_.out_width; ++x) {
+        const int64_t tap = static_cast<int64_t>(tap_at(y, x));
+        if (tap != problem_.no_winner()) (*this)(y, x, tap);
       }
     }
   }

@@ -611,6 +611,7 @@ py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py:
   result["pool_in_registers"] = plan.pool_in_registers;
   result["staged"] = plan.staged;
   result["backward"] = backward_name(plan.backward);
+  result["input_backward"] = backward_name(plan.input_backward);
   result["backward_scratch_bytes"] = block_backward_scratch_bytes(problem, plan);
   result["workspace_bytes"] = plan.workspace_bytes;
   result["flops"] = 2 * problem.conv.multiply_adds();

@@ -285,10 +285,10 @@ void check_max_pool2d(Random& random) {
                        with_taps ? taps.data() : nullptr);
     expect_holds(values, pooled.values, "output");
     if (with_taps) expect_holds(taps, pooled.taps, "argmax");
-    if (isa != Isa::baseline) return;  // what follows has one source for all tiers
     const Memory grad_input(element, x.shape, in_strides);
     max_pool2d_backward(p, isa, pool, grad_output.data(), winners_only.data(), grad_input.data());
     expect_holds(grad_input, grad_x, "gradient of the input");
+    if (isa != Isa::baseline) return;  // what follows has one source for all tiers
     const Memory picked(element, shape, out_strides);
     max_pool2d_gather(p, pool, input.data(), winners_only.data(), picked.data());
     expect_holds(picked, gathered, "gathered values");
@@ -370,6 +370,7 @@ void check_block(Random& random) {
       if (backward == BlockBackward::neighbourhoods && !neighbourhoods_apply(p, isa)) continue;
       Conv2dReluMaxPool2dPlan plan = chosen;
       plan.backward = backward;
+      plan.input_backward = backward == BlockBackward::windows ? BlockBackward::winners : backward;
       std::vector<char> scratch(static_cast<size_t>(block_backward_scratch_bytes(p, plan)));
       const GradientMemory to(random, element, tensors);
       // Only single winners leave out products of zero, which infinities make NaN.

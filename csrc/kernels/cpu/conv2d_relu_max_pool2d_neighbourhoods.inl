@@ -1,13 +1,14 @@
 // Backward of the fused block where 2x2 windows close in registers, kernels have three
-// rows, and channels are few but fill a vector with a row of a patch.
+// rows, and channels are few.
 //
 // The four convolution outputs of a window read four rows of neighbouring pixels: its
 // neighbourhood, which fits the registers. A winner adds g * weights to the gradient of
 // the neighbourhood, with the weights of its channel laid out four times over, once for
-// each of the outputs and with zeros around them, and g * neighbourhood to a total of
-// its channel and output, of which the patch is folded into the weight gradient at
-// last. So the image's gradient is read and written once a window instead of once a
-// winner, and no winner is looked for: a window that the ReLU clips meets zeros.
+// each of the outputs and with zeros around them, and g * the rows of its patch to a total
+// of its channel and output, of which the patch is folded into the weight gradient at
+// last: 30 KiB of totals for 16 channels of two vectors a row. So the image's gradient is read and
+// written once a window instead of once a winner, and no winner is looked for: a window that the
+// ReLU clips meets zeros.
 //
 // A slice owns some images and its own totals; the number of slices is the problem's.
 
@@ -17,7 +18,7 @@ constexpr int kOutputs = 4;              // of a window
 constexpr int kSlots = kOutputs + 1;     // and one for windows without a winner
 constexpr int kPatchRows = 3;            // of an output
 constexpr int kNeighbourhoodRows = 4;    // of all four
-constexpr int64_t kWindowsPerSum = 256;  // a quarter of them is one chain of a total
+constexpr int64_t kWindowsPerSum = 256;  // one chain of a total, if one output won them all
 constexpr int64_t kSumsPerTotal = 32;    // which are added up before they are in double
 
 // One image in rows of pixels, and its windows: channel k of window w has gradient
@@ -129,9 +130,9 @@ void fold_outputs(const A* totals, int64_t column, A* patch_row) {
   }
 }
 
-// Throws for an argmax that no window has; whether all gradients are finite.
+// Throws for an argmax that no window has.
 template <class T>
-bool check_windows(const MaxPool2dProblem& window, const WindowImage<T>& image) {
+void check_windows(const MaxPool2dProblem& window, const WindowImage<T>& image) {
   const int64_t count = image.channels * image.height * image.width;
   typedef uint8_t Taps __attribute__((vector_size(CNNK_VECTOR_BYTES)));
   Taps largest{};
@@ -144,19 +145,13 @@ bool check_windows(const MaxPool2dProblem& window, const WindowImage<T>& image) 
   uint8_t last = 0;
   for (int lane = 0; lane < CNNK_VECTOR_BYTES; ++lane) last = std::max(last, largest[lane]);
   for (; i < count; ++i) last = std::max(last, image.argmax[i]);
-  if (last > kOutputs) {
-    const WinnerPositions positions(window);
-    for (int64_t y = 0; y < image.height; ++y) {
-      for (int64_t x = 0; x < image.width; ++x) {
-        for (int64_t k = 0; k < image.channels; ++k) {
-          const uint8_t tap =
-              image.argmax[k * image.channel_step + (y * image.width + x) * image.window_step];
-          if (tap != kOutputs) positions(y, x, tap);
-        }
-      }
-    }
+  if (last <= kOutputs) return;
+  const WinnerPositions positions(window);
+  for (int64_t k = 0; k < image.channels; ++k) {
+    positions.check(0, image.height, [&](int64_t y, int64_t x) {
+      return image.argmax[k * image.channel_step + (y * image.width + x) * image.window_step];
+    });
   }
-  return all_finite(image.gradients, count);
 }
 
 template <class T, int Vectors>
@@ -263,19 +258,19 @@ void neighbourhood_backward_of(const Conv2dReluMaxPool2dProblem& problem, const 
                                       pixels.row(),
                                       2 * conv.stride_h * pixels.row(),
                                       2 * conv.stride_w * channels};
-        const bool finite = check_windows(window, image);
+        check_windows(window, image);
         if (weights) {
           const T* const from_image = input + n * input_image;
           for_each_pixel(conv, pixels, [&](int64_t, int64_t to, int64_t from, int64_t step) {
             for (int64_t c = 0; c < channels; ++c)
               source[to + c] = widen(from_image[from + c * step]);
           });
-          add_winners_neighbourhoods<Vectors>(image, source, chains, chains + slots * patch, windows,
-                                              empty_chains);
+          add_winners_neighbourhoods<Vectors>(image, source, chains, chains + slots * patch,
+                                              windows, empty_chains);
         }
         if (grad_input == nullptr) continue;
         std::fill_n(gradient, image_count, A{0});
-        if (finite) {
+        if (all_finite(image.gradients, conv.out_channels * outputs)) {
           add_winners_weights<Vectors>(image, shifted, gradient);
         } else {
           // Times the zeros around the weights an infinite gradient would be NaN.

@@ -107,17 +107,6 @@ void copy_window_row(int64_t width, const T* gradients, const uint8_t* argmax, i
   }
 }
 
-// Throws for the argmax that no window has.
-inline void refuse_foreign(const MaxPool2dProblem& window, const uint8_t* argmax, int64_t pitch) {
-  const WinnerPositions positions(window);
-  for (int64_t y = 0; y < window.out_height; ++y) {
-    for (int64_t x = 0; x < window.out_width; ++x) {
-      const uint8_t tap = argmax[y * pitch + x];
-      if (tap != window.no_winner()) positions(y, x, tap);
-    }
-  }
-}
-
 template <class T>
 void window_weight_gradient(const Conv2dReluMaxPool2dProblem& problem, const ThreadPool& pool,
                             const T* grad_output, const T* input, const uint8_t* argmax,
@@ -224,7 +213,11 @@ void window_weight_gradient(const Conv2dReluMaxPool2dProblem& problem, const Thr
             }
             sums[weights + k] += chain;
           }
-          if (any(foreign)) refuse_foreign(window, products.argmax, pitch);
+          if (any(foreign)) {
+            WinnerPositions(window).check(0, window.out_height, [&](int64_t y, int64_t x) {
+              return products.argmax[y * pitch + x];
+            });
+          }
         }
         if ((n1 - n) % images_per_sum == 0) flush();
       }

@@ -9,8 +9,8 @@ namespace cnnkernels {
 // The columns that windows reach, and the border around them.
 PackedPlanes packed_pool_input(const MaxPool2dProblem& problem);
 
-// What the plan chooses from; quads and shared rows need the
-// plan's of that name.
+// What the plan chooses from. max_pool2d_quads_* need plan.quads, and
+// max_pool2d_shared_rows_forward plan.shared_rows.
 void max_pool2d_quads_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
                               const ThreadPool& pool, const void* input, void* output, void* argmax,
                               bool clips);

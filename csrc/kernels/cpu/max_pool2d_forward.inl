@@ -98,7 +98,7 @@ void forward_nhwc(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
             const int64_t at = (task * problem.out_width + x) * channels;
             pool_pixel<WithTap>(elements.data(), count, row + start * channels, 0, channels,
                                 [&](int64_t c, int64_t lanes, const auto& winner) {
-                                  store_channels<WithTap>(output, argmax, at + c, lanes, winner);
+                                  store_winners<WithTap>(output, argmax, at + c, lanes, winner);
                                 });
           }
         }

@@ -5,7 +5,9 @@
 // and tap take three comparisons. No two windows share an element, so the backward
 // writes each once: the gradient where the argmax names the element, zero elsewhere,
 // two vectors of gradients interleaved to a row of the input. Rows shorter than a
-// vector are masked; the last vector of others is moved back to end with the row.
+// vector are masked; the last vector of others is moved back to end with the row. All
+// is one pass over memory, so that bands (16 KiB of input) only share out the work.
+// Four taps and no winner fit a byte: the argmax is uint8_t.
 
 #include "kernels/cpu/max_pool2d_argmax.inl"
 #include "kernels/cpu/max_pool2d_row.inl"
@@ -39,12 +41,7 @@ CNNK_INLINE void pool_quads(const T* top, const T* bottom, int64_t count, T* out
   challenge<A, WithTap>(winner, first.odd, 1);
   challenge<A, WithTap>(winner, second.even, 2);
   challenge<A, WithTap>(winner, second.odd, 3);
-  if (count == kLanes<A>) {
-    store_narrowed(output, winner.value);
-  } else {
-    store_head(output, winner.value, count);
-  }
-  if constexpr (WithTap) store_taps<A>({argmax, true, clipped}, 0, winner, count, 1);
+  store_winners<WithTap>(output, {argmax, true, clipped}, 0, count, winner);
 }
 
 // Returns where an argmax is none that a window has.
@@ -53,7 +50,9 @@ CNNK_INLINE Vec<Mask<Accumulator<T>>> spread_quads(const T* gradients, const uin
                                                    int64_t count, T* top, T* bottom) {
   using A = Accumulator<T>;
   const bool whole = count == kLanes<A>;
-  const Vec<A> gradient = whole ? load_widened(gradients) : load_head(gradients, count);
+  // Of a negative zero torch's sum makes a positive one.
+  const Vec<A> gradient =
+      (whole ? load_widened(gradients) : load_head(gradients, count)) + Vec<A>{};
   const Vec<Mask<A>> taps = whole ? load_taps<A>(argmax) : load_taps_head<A>(argmax, count);
   const auto won = [&](Mask<A> tap) {
     return select<A>(taps == broadcast<Mask<A>>(tap), gradient, Vec<A>{});
@@ -104,11 +103,8 @@ void quads_backward_of(const MaxPool2dProblem& problem, const MaxPool2dPlan& pla
       std::fill(image + 2 * y1 * in_width, image + problem.in_height * in_width, T{});
     }
     if (!any(foreign)) return;
-    const WinnerPositions positions(problem);
-    for (int64_t i = y0 * width; i < y1 * width; ++i) {
-      const uint8_t tap = argmax[first + i];
-      if (tap != problem.no_winner()) positions(i / width, i % width, tap);
-    }
+    WinnerPositions(problem).check(
+        y0, y1, [&](int64_t y, int64_t x) { return argmax[first + y * width + x]; });
   });
 }
 

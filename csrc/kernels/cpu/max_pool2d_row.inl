@@ -31,6 +31,14 @@ CNNK_INLINE void challenge(Winner<A>& winner, Vec<A> value, Mask<A> tap) {
   if constexpr (WithTap) winner.tap = wins ? broadcast<Mask<A>>(tap) : winner.tap;
 }
 
+// The same for a row's winner, whose taps count from `first_tap`.
+template <class A, bool WithTap>
+CNNK_INLINE void challenge_row(Winner<A>& winner, const Winner<A>& row, Mask<A> first_tap) {
+  const Vec<Mask<A>> wins = (row.value > winner.value) | (row.value != row.value);
+  winner.value = select<A>(wins, row.value, winner.value);
+  if constexpr (WithTap) winner.tap = wins ? row.tap + broadcast<Mask<A>>(first_tap) : winner.tap;
+}
+
 // Kernel: the window's width where that is known, else 0.
 template <bool WithTap, bool Deinterleaves, int Kernel, class A>
 CNNK_INLINE Winner<A> pool_window(const PoolRow<A>& row, int64_t x) {
@@ -101,6 +109,17 @@ CNNK_INLINE void store_taps(const ArgmaxOut& out, int64_t at, const Winner<A>& w
   } else {
     store_taps_as<A>(static_cast<int32_t*>(out.data) + at, taps, count, step);
   }
+}
+
+template <bool WithTap, class T>
+CNNK_INLINE void store_winners(T* output, const ArgmaxOut& argmax, int64_t at, int64_t count,
+                               const Winner<Accumulator<T>>& winner) {
+  if (count == kLanes<Accumulator<T>>) {
+    store_narrowed(output + at, winner.value);
+  } else {
+    store_head(output + at, winner.value, count);
+  }
+  if constexpr (WithTap) store_taps<Accumulator<T>>(argmax, at, winner, count, 1);
 }
 
 // The parts of a PoolRow that are the same for every row of a problem.

@@ -68,17 +68,6 @@ CNNK_INLINE void pool_pixel(const WindowElement<Accumulator<T>>* elements, int64
   if (c < c1) put(c, c1 - c, pool_last_channels<WithTap>(elements, count, window + c, c1 - c));
 }
 
-template <bool WithTap, class T>
-CNNK_INLINE void store_channels(T* output, const ArgmaxOut& argmax, int64_t at, int64_t count,
-                                const Winner<Accumulator<T>>& winner) {
-  if (count == kLanes<Accumulator<T>>) {
-    store_narrowed(output + at, winner.value);
-  } else {
-    store_head(output + at, winner.value, count);
-  }
-  if constexpr (WithTap) store_taps<Accumulator<T>>(argmax, at, winner, count, 1);
-}
-
 // The elements of a window that lie inside of the image.
 template <class A>
 class WindowElements {

@@ -37,15 +37,12 @@ CNNK_INLINE void pool_maxima(const MaxPool2dProblem& problem, const RowMaxima<A>
     const int64_t row = top + r * problem.dilation_h;
     const A* const values = maxima.values(row) + at;
     const Mask<A>* const columns = maxima.columns(row) + at;
-    const Vec<Mask<A>> row_tap = broadcast<Mask<A>>(static_cast<Mask<A>>(r * problem.kernel_width));
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      const Vec<A> value = load(values + v * kLanes<A>);
-      const Vec<Mask<A>> wins = (value > winners[v].value) | (value != value);
-      winners[v].value = select<A>(wins, value, winners[v].value);
-      if constexpr (WithTap) {
-        winners[v].tap = wins ? load(columns + v * kLanes<A>) + row_tap : winners[v].tap;
-      }
+      Winner<A> row_winner = {load(values + v * kLanes<A>), Vec<Mask<A>>{}};
+      if constexpr (WithTap) row_winner.tap = load(columns + v * kLanes<A>);
+      challenge_row<A, WithTap>(winners[v], row_winner,
+                                static_cast<Mask<A>>(r * problem.kernel_width));
     }
   }
 }
@@ -158,8 +155,8 @@ void separable_nhwc(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) {
                   const int64_t channel = c + v * lanes;
-                  store_channels<WithTap>(output, argmax, at + channel,
-                                          std::min(lanes, c1 - channel), winners[v]);
+                  store_winners<WithTap>(output, argmax, at + channel,
+                                         std::min(lanes, c1 - channel), winners[v]);
                 }
               };
               int64_t c = c0;

@@ -4,7 +4,8 @@
 // wide, goes down a band of rows: the winners of a row's three columns are found once,
 // for each of two new rows a window, and the shared row's stay in registers. Columns
 // are split on the way to the registers, and one of padding is a lane of -inf, so that
-// no row is copied.
+// no row is copied. A strip reads its cache lines of a band again for the next strip, so a
+// band's input, 16 KiB, stays in the first-level cache.
 
 #include "kernels/cpu/max_pool2d_argmax.inl"
 #include "kernels/cpu/max_pool2d_row.inl"
@@ -38,14 +39,6 @@ CNNK_INLINE Winner<Accumulator<T>> pool_columns(const T* row, int64_t x, int64_t
   return winner;
 }
 
-// The same for a row's winner: `first_tap` is the row's.
-template <bool WithTap, class A>
-CNNK_INLINE void challenge(Winner<A>& winner, const Winner<A>& row, Mask<A> first_tap) {
-  const Vec<Mask<A>> wins = (row.value > winner.value) | (row.value != row.value);
-  winner.value = select<A>(wins, row.value, winner.value);
-  if constexpr (WithTap) winner.tap = wins ? row.tap + broadcast<Mask<A>>(first_tap) : winner.tap;
-}
-
 template <bool WithTap, class T>
 void shared_rows_forward_of(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
                             const ThreadPool& pool, const T* input, T* output, uint8_t* argmax,
@@ -65,22 +58,17 @@ void shared_rows_forward_of(const MaxPool2dProblem& problem, const MaxPool2dPlan
         Winner<A> winner = shared;
         const Winner<A> middle = row(top + 1);
         if (top >= 0) {
-          challenge<WithTap, A>(winner, middle, 3);
+          challenge_row<A, WithTap>(winner, middle, 3);
         } else {
           winner = middle;
           winner.tap += broadcast<Mask<A>>(3);
         }
         if (top + 2 < problem.in_height) {
           shared = row(top + 2);
-          challenge<WithTap, A>(winner, shared, 6);
+          challenge_row<A, WithTap>(winner, shared, 6);
         }
         const int64_t at = (plane * problem.out_height + y) * width + x;
-        if (count == kLanes<A>) {
-          store_narrowed(output + at, winner.value);
-        } else {
-          store_head(output + at, winner.value, count);
-        }
-        if constexpr (WithTap) store_taps<A>({argmax + at, true, clipped}, 0, winner, count, 1);
+        store_winners<WithTap>(output, {argmax, true, clipped}, at, count, winner);
       }
     });
   });
