@@ -51,6 +51,8 @@ def replace_modules(model: Model, fuse: bool = True) -> Model:
     call it is seen anew whether the parts still are what they were: where there is a hook, another
     module in the place of one, or a subclass of Tensor, the calls run one by one. To be traced, a
     ``forward`` runs once on stand-ins for tensors, in a copy of the model without data.
+    A ``forward`` that compares its object's exact type sees the subclass, and one that is put on
+    the original class later is not seen: convert after such changes, or with ``fuse=False``.
 
     Classes that cannot be rewritten stay: those whose ``forward`` torch.fx cannot trace, or that
     have no source (TorchScript demands it as well; a class typed at Python's prompt has none), or

@@ -113,8 +113,8 @@ def compare(
     magnitude, magnitude_gradients = with_gradients(
         theirs, [None if a is None else a.abs() for a in double], grad_output.abs()
     )
-    # The oneDNN of torch 2.13 writes past its memory in weight gradients of strided 1x1 convolutions,
-    # with two threads; it frees memory twice in some convolutions in 16 bits.
+    # The oneDNN of torch 2.13 writes past its memory in weight gradients of strided 1x1
+    # convolutions, with two threads; it frees memory twice in some convolutions in 16 bits.
     pointwise = any(a is not None and a.dim() == 4 and a.shape[2:] == (1, 1) for a in arguments[1:])
     with onednn(dtype.itemsize > 2 and not pointwise):
         torch_output, torch_gradients = with_gradients(theirs, arguments, grad_output)
