@@ -217,6 +217,8 @@ def test_explain_names_the_passes() -> None:
     assert passes(x, 5, 1, 2) == ("separable", passes(x, 5, 1)[1])
     assert passes(x.contiguous(memory_format=torch.channels_last), 2)[0] == "channel vectors"
     assert passes(x, 13, 1, 6) == ("separable", "scatter")
+    one_channel = x[:, :1].contiguous(memory_format=torch.channels_last)
+    assert passes(one_channel, 2) == ("quads", "quads")
 
 
 def test_gather_is_the_transpose_of_the_backward() -> None:

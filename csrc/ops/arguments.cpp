@@ -314,7 +314,8 @@ MaxPool2dProblem pool_problem(const char* op, at::IntArrayRef input_size, DType 
   problem.dilation_h = arguments.dilation[0];
   problem.dilation_w = arguments.dilation[1];
   problem.dtype = dtype;
-  problem.layout = layout;
+  // One channel lies the same in both layouts, and a row fills a vector better than a pixel.
+  problem.layout = problem.channels == 1 ? Layout::nchw : layout;
   problem.out_height =
       pool_output_size(op, "height", problem.in_height, problem.kernel_height, problem.stride_h,
                        problem.pad_top, problem.dilation_h, arguments.ceil_mode);
