@@ -19,7 +19,7 @@ import cnnkernels.functional
 
 from .cases import FORWARD, TORCH, Case, Options, Workload
 from .layers import MaxPool2dLayer, batches_for, is_tutorial, read_max_pool2d_layers
-from .operators import LAYOUTS, Operator, operator_workload
+from .operators import LAYOUTS, Operator, operator_workload, rotation_of
 
 COPY = "copy"
 
@@ -76,10 +76,12 @@ def _workload(
     if not peer:
         return workload
     outputs = torchs(torch.empty(size, device="meta")).numel()
-    source = torch.zeros(_bytes_moved(size.numel(), outputs, mode) // 8)
-    destination = torch.empty_like(source)
+    # As many as there are inputs: a copy of what the caches still hold is no measure.
+    elements = _bytes_moved(size.numel(), outputs, mode) // 8
+    sources = torch.ones(rotation_of(size), elements)
+    destination = torch.empty(elements)
     candidates = [
-        replace(candidate, call=lambda index: destination.copy_(source), variant=COPY)
+        replace(candidate, call=lambda index: destination.copy_(sources[index]), variant=COPY)
         if candidate.side == TORCH
         else candidate
         for candidate in workload.candidates

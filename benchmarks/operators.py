@@ -55,7 +55,7 @@ def operator_workload(
     ``input_gradient``, of the input. Conversion to a layout happens here, outside of any timing.
     """
     generator = torch.Generator().manual_seed(seed)
-    rotation = _rotation(input_size)
+    rotation = rotation_of(input_size)
     inputs = [torch.randn(input_size, generator=generator) for _ in range(rotation)]
     parameters = [_parameter(size, generator) for size in parameter_sizes]
     output_size = operator.torch(inputs[0], *parameters).shape
@@ -152,7 +152,8 @@ def _parameter(size: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(size, generator=generator) / fan_in**0.5
 
 
-def _rotation(size: Sequence[int]) -> int:
+def rotation_of(size: Sequence[int]) -> int:
+    """How many inputs of a size take turns."""
     bytes_each = 4 * torch.Size(size).numel()
     return min(max(_ROTATION_BYTES // bytes_each, _ROTATION.start), _ROTATION.stop - 1)
 

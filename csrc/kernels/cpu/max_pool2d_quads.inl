@@ -72,6 +72,7 @@ void quads_forward_of(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan
       const T* const top = input + (plane * problem.in_height + 2 * y) * in_width;
       const int64_t at = (plane * problem.out_height + y) * width;
       for_each_known_vector<Accumulator<T>>(width, [&](int64_t x, auto count) {
+        fetch_ahead(top + 4 * x, 4 * count * sizeof(T));
         pool_quads<WithTap>(top + 2 * x, top + in_width + 2 * x, count, output + at + x,
                             WithTap ? argmax + at + x : nullptr, clipped);
       });

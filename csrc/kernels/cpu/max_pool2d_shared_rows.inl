@@ -55,6 +55,8 @@ void shared_rows_forward_of(const MaxPool2dProblem& problem, const MaxPool2dPlan
       if (2 * y0 >= problem.pad_top) shared = row(2 * y0 - problem.pad_top);
       for (int64_t y = y0; y < y1; ++y) {
         const int64_t top = 2 * y - problem.pad_top;
+        fetch_ahead(image + (top + 1) * in_width + 2 * x, 2 * count * sizeof(T));
+        fetch_ahead(image + (top + 2) * in_width + 2 * x, 2 * count * sizeof(T));
         Winner<A> winner = shared;
         const Winner<A> middle = row(top + 1);
         if (top >= 0) {
