@@ -81,7 +81,11 @@ def _workload(
     sources = torch.ones(rotation_of(size), elements)
     destination = torch.empty(elements)
     candidates = [
-        replace(candidate, call=lambda index: destination.copy_(sources[index]), variant=COPY)
+        replace(
+            candidate,
+            call=lambda index: destination.copy_(sources[index % len(sources)]),
+            variant=COPY,
+        )
         if candidate.side == TORCH
         else candidate
         for candidate in workload.candidates
