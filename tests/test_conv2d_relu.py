@@ -66,6 +66,10 @@ def assert_plan(name: str, arguments: list[Tensor | None], isa: str) -> None:
         return
     if algorithm == "winograd" and few_lanes:
         return
+    # Tiles have no float64, and take float32 in parts, which few rows do not pay for.
+    in_parts = name == "amx, row runs" and arguments[0].dtype == torch.float32
+    if algorithm == "amx" and (arguments[0].dtype == torch.float64 or in_parts):
+        return
     assert explain(functional.conv2d_relu, *arguments, **shape[-1])["algorithm"] == algorithm
 
 
