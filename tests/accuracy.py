@@ -96,9 +96,12 @@ def reads_only_padding(size: int, kernel: int, stride: int, padding: int, dilati
     )
 
 
-def strides(tensor: Tensor) -> list[int]:
-    """Of all axes but those of one element, whose stride differs among torch's own kernels."""
-    return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
+def in_both_formats(tensor: Tensor) -> bool:
+    """Whether the tensor is NCHW and channels_last at once, as one pixel or one channel is."""
+    return all(
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=memory_format)
+        for memory_format in (torch.contiguous_format, torch.channels_last)
+    )
 
 
 def compare(
@@ -122,9 +125,14 @@ def compare(
     # convolutions, with two threads; it frees memory twice in some convolutions in 16 bits.
     pointwise = any(a is not None and a.dim() == 4 and a.shape[2:] == (1, 1) for a in arguments[1:])
     with onednn(dtype.itemsize > 2 and not pointwise):
+        with_onednn = torch.backends.mkldnn.enabled and dtype != torch.float64
         torch_output, torch_gradients = with_gradients(theirs, arguments, grad_output)
     output, gradients = with_gradients(ours, arguments, grad_output)
-    assert strides(output) == strides(torch_output), f"{what}: strides"
+    # Without oneDNN torch leaves what is in both formats as its kernel made it.
+    if with_onednn or not in_both_formats(torch_output):
+        assert output.stride() == torch_output.stride(), f"{what}: strides"
+    else:
+        assert in_both_formats(output), f"{what}: strides"
     assert_close_to_truth(output, torch_output, truth, magnitude, what)
     names = ["input", "weight", "bias"]
     for name, *tensors in zip(
