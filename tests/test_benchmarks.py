@@ -353,6 +353,8 @@ class TestSuites:
         ]
         ours, copy = case.prepare().candidates
         assert (ours.side, copy.variant) == (OURS, "copy")
+        for index in range(9):  # more than there are sources
+            copy.call(index)
 
     def test_gradients_are_those_that_training_asks_for(self):
         cases = all_cases(["conv2d", "block"], Options(modes=(FORWARD_BACKWARD,), quick=True))
