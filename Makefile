@@ -1,5 +1,6 @@
 # make demo   environment, torch, build, the tutorial and a quick benchmark
 # make test   the same environment, then the whole test suite
+# make gpu    builds, tests and measures on an NVIDIA GPU, with the torch that PYTHON has
 #
 # TORCH is what pip is asked for: one release, since the library is built for one release line.
 TORCH ?= torch==2.13.0
@@ -9,6 +10,8 @@ VENV ?= .venv
 CNNKERNELS_BUILD ?= require
 PYTEST_ARGS ?=
 DEMO_OUT ?= out
+GPU_OUT ?= out/gpu
+GPU_ARGS ?=
 
 export CNNKERNELS_BUILD
 # The environment is used without being activated.
@@ -24,7 +27,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
 CXX_TEST_FILES := $(wildcard tests/kernels/*.h tests/kernels/*.cpp)
 BUILD_FILES := $(CXX_FILES) setup.py pyproject.toml build_backend/backend.py
 
-.PHONY: help demo test lint format build wheel clean
+.PHONY: help demo test gpu lint format build wheel clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -40,6 +43,13 @@ demo: build
 test: build
 	$(BIN)/python -m cnnkernels info
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# No environment is made and no package index asked: torch for CUDA is large, and where it is
+# installed it belongs to the driver that is there.
+gpu:
+	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("torch") is None)' || { echo 'make gpu needs an NVIDIA GPU, a CUDA build of torch and nvcc;' \
+	  'missing here: torch, which $(PYTHON) cannot import; choose another with make gpu PYTHON=...' >&2; exit 2; }
+	$(PYTHON) -m benchmarks.gpu.run --out $(GPU_OUT) $(GPU_ARGS)
 
 lint: $(INSTALL_STAMP)
 	$(BIN)/ruff check

@@ -20,6 +20,12 @@ def instruction_set() -> str:
     return "" if library is None else str(library.config()["isa"])
 
 
+def cuda_config() -> str:
+    """What the native library says of its CUDA kernels; "" where it has none."""
+    library = _library()
+    return "" if library is None else str(library.config().get("cuda") or "")
+
+
 def _library() -> ModuleType | None:
     if not cnnkernels.is_native_available():
         return None

@@ -99,7 +99,7 @@ def write_json(path: Path, rows: Sequence[Row], environment: Environment) -> Non
         "summaries": [dataclasses.asdict(summary) for summary in summarize(rows)],
     }
     path.write_text(
-        json.dumps(_json_ready(report), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        json.dumps(json_ready(report), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
 
 
@@ -146,8 +146,8 @@ def _cells(row: Row) -> list[str | Text]:
 
 def _times(row: Row) -> list[str]:
     return [
-        f"{_microseconds(row.ours.seconds)} {_short(row.ours.label)}",
-        f"{_microseconds(row.torch.seconds)} {_short(row.torch.label)}",
+        f"{microseconds(row.ours.seconds)} {_short(row.ours.label)}",
+        f"{microseconds(row.torch.seconds)} {_short(row.torch.label)}",
     ]
 
 
@@ -181,17 +181,18 @@ def _short(label: str) -> str:
     return label.replace("channels_last", "NHWC")
 
 
-def _microseconds(seconds: float) -> str:
-    microseconds = seconds * 1e6
-    return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
+def microseconds(seconds: float) -> str:
+    """Seconds as a number of microseconds, with no more digits than matter."""
+    number = seconds * 1e6
+    return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """``value`` with null for infinite and undefined numbers, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -36,6 +36,12 @@ _CONV = (
     "int[2] dilation=1, int groups=1"
 )
 _CONV_PADDING = _CONV.replace("int[2] padding=0", 'str padding="valid"')
+_GD_STEP = "(Tensor(a!)[] params, Tensor[] grads, float lr) -> ()"
+_SGD_STEP = (
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
+    "float weight_decay, float momentum, float lr, float dampening, bool nesterov, "
+    "bool maximize, bool is_first_step, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+)
 
 
 # name -> (arguments and results, implementation); the schemas are those of csrc/ops.
@@ -86,14 +92,10 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         f"{_BLOCK_GEOMETRY}, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
         fallback.conv2d_relu_max_pool2d_backward,
     ),
-    "gd_step_": ("(Tensor(a!)[] params, Tensor[] grads, float lr) -> ()", fallback.gd_step_),
-    "sgd_step_": (
-        "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
-        "float weight_decay, float momentum, float lr, float dampening, bool nesterov, "
-        "bool maximize, bool is_first_step, Tensor? grad_scale=None, Tensor? found_inf=None) "
-        "-> ()",
-        fallback.sgd_step_,
-    ),
+    "gd_step_": (_GD_STEP, fallback.gd_step_),
+    "gd_step_.tensor_lr": (_GD_STEP.replace("float lr", "Tensor lr"), fallback.gd_step_),
+    "sgd_step_": (_SGD_STEP, fallback.sgd_step_),
+    "sgd_step_.tensor_lr": (_SGD_STEP.replace("float lr", "Tensor lr"), fallback.sgd_step_),
 }
 
 
@@ -113,7 +115,7 @@ def _complete() -> None:
     for name, (_, implementation) in _OPERATORS.items():
         if name.endswith(".padding"):
             continue  # the library composes these of the operators with padding in numbers
-        mutates = name.endswith("step_")
+        mutates = name.partition(".")[0].endswith("step_")
         torch.library.register_fake(
             f"cnnkernels::{name}", (lambda *args, **kwargs: None) if mutates else implementation
         )

@@ -121,9 +121,11 @@ class SGD(torch.optim.SGD):
 
     Arguments, errors, ``state_dict`` (which loads both ways), schedulers, hooks and
     :class:`torch.amp.GradScaler` are torch's. So is the step itself wherever the kernel does not
-    apply: ``differentiable=True``, sparse gradients, other devices, complex numbers, and groups
-    that mix dtypes. ``foreach`` and ``fused`` are accepted and matter only there (and
-    ``fused=True`` lets a GradScaler leave unscaling to the step, as with torch).
+    apply: ``differentiable=True``, sparse gradients, devices without kernels, complex numbers, and
+    groups that mix dtypes. ``foreach`` and ``fused`` are accepted and matter only there (and
+    ``fused=True`` lets a GradScaler leave unscaling to the step, as with torch). On CUDA a learning
+    rate that is a tensor there is read by the kernel, so that a step in a CUDA graph takes the
+    value it has at each replay.
     """
 
     @_observable
@@ -150,7 +152,9 @@ class SGD(torch.optim.SGD):
         library = None if differentiable else _backend.native_library()
         for group in self.param_groups:
             # False, and nothing done, where the kernel does not apply.
-            if library is None or not library.sgd_step_group(group, self.state, grad_scale):
+            if library is None or not library.sgd_step_group(
+                group, self.state, grad_scale, found_inf
+            ):
                 with torch.set_grad_enabled(differentiable):
                     self._torch_step(group)
         return loss

@@ -2,10 +2,13 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/DimVector.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <limits>
+
+#include "kernels/cuda/max_pool2d.h"
 
 namespace cnnkernels {
 namespace {
@@ -121,8 +124,14 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
   return arguments;
 }
 
-std::string not_native(const at::Tensor& tensor) {
-  if (!tensor.device().is_cpu()) return "device " + tensor.device().str();
+std::string not_native(const at::Tensor& tensor, Devices devices) {
+#ifdef CNNK_WITH_CUDA
+  const bool on_cuda = devices == Devices::cpu_and_cuda && tensor.device().is_cuda();
+#else
+  static_cast<void>(devices);
+  constexpr bool on_cuda = false;
+#endif
+  if (!tensor.device().is_cpu() && !on_cuda) return "device " + tensor.device().str();
   if (tensor.layout() != at::kStrided) return "layout is not strided";
   if (tensor.is_conj() || tensor.is_neg()) return "conjugated or negated view";
   switch (tensor.scalar_type()) {
@@ -137,7 +146,7 @@ std::string not_native(const at::Tensor& tensor) {
 }
 
 std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
-  const std::string reason = not_native(input);
+  const std::string reason = not_native(input, Devices::cpu_and_cuda);
   if (!reason.empty() || input.dim() < 3) return reason;
   // The tables of taps, and borders of half a window, would outgrow the image.
   if (pool.kernel_size[0] * pool.kernel_size[1] > (int64_t{1} << 16)) {
@@ -157,6 +166,12 @@ std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
                          pool.dilation[axis])) {
       return "a dilated window lies in the padding alone";
     }
+  }
+  if (!input.is_cpu() && !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    at::DimVector size(input.sizes());
+    if (size.size() == 3) size.insert(size.begin(), 1);
+    return cuda::max_pool2d_not_native(
+        pool_problem("max_pool2d", size, dtype_of(input), pool_layout(input), pool));
   }
   return "";
 }
@@ -357,6 +372,17 @@ ThreadPool torch_thread_pool() {
 KernelCalls& kernel_calls() {
   static KernelCalls calls;
   return calls;
+}
+
+void check_argmax(const char* op, const at::Tensor& argmax, const at::Tensor& output,
+                  const MaxPool2dProblem& problem) {
+  TORCH_CHECK(argmax.device() == output.device() &&
+                  argmax.scalar_type() == (problem.compact_argmax() ? at::kByte : at::kInt),
+              op, ": argmax must be ", problem.compact_argmax() ? "uint8" : "int32", " on ",
+              output.device(), " for windows of ", problem.window(), " elements, but got ",
+              argmax.scalar_type(), " on ", argmax.device());
+  TORCH_CHECK(argmax.sizes() == output.sizes(), op, ": argmax must have the output's size ",
+              output.sizes(), ", but got argmax of size ", argmax.sizes());
 }
 
 }  // namespace cnnkernels

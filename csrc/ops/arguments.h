@@ -45,8 +45,11 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
                              at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode,
                              const PoolNames& names = {});
 
+// Where an operator has kernels: poolings and steps also on CUDA, in a library built with it.
+enum class Devices { cpu, cpu_and_cuda };
+
 // Why the native kernels do not take a tensor; empty if they do.
-std::string not_native(const at::Tensor& tensor);
+std::string not_native(const at::Tensor& tensor, Devices devices = Devices::cpu);
 
 // The same for a pooling of this input, whose windows must each hold an element.
 std::string not_native(const at::Tensor& input, const PoolArguments& pool);

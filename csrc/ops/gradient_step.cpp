@@ -7,23 +7,42 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "ops/arguments.h"
-#include "ops/dispatch.h"
-#include "ops/operators.h"
+#include "ops/step_operators.h"
 
 namespace cnnkernels {
 namespace ops {
 
 void gd_step_(at::TensorList params, at::TensorList grads, double lr) {
-  static const auto op = typed_operator<decltype(gd_step_)>("cnnkernels::gd_step_");
+  static const auto op =
+      typed_operator<void(at::TensorList, at::TensorList, double)>("cnnkernels::gd_step_");
   op.call(params, grads, lr);
+}
+
+void gd_step_(at::TensorList params, at::TensorList grads, const at::Tensor& lr) {
+  using Signature = void(at::TensorList, at::TensorList, const at::Tensor&);
+  static const auto op = typed_operator<Signature>("cnnkernels::gd_step_", "tensor_lr");
+  op.call(params, grads, lr);
+}
+
+void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+               double weight_decay, double momentum, const at::Tensor& lr, double dampening,
+               bool nesterov, bool maximize, bool is_first_step, const OptionalTensor& grad_scale,
+               const OptionalTensor& found_inf) {
+  using Signature =
+      void(at::TensorList, at::TensorList, at::TensorList, double, double, const at::Tensor&,
+           double, bool, bool, bool, const OptionalTensor&, const OptionalTensor&);
+  static const auto op = typed_operator<Signature>("cnnkernels::sgd_step_", "tensor_lr");
+  op.call(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
+          maximize, is_first_step, grad_scale, found_inf);
 }
 
 void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                double weight_decay, double momentum, double lr, double dampening, bool nesterov,
                bool maximize, bool is_first_step, const OptionalTensor& grad_scale,
                const OptionalTensor& found_inf) {
-  static const auto op = typed_operator<decltype(sgd_step_)>("cnnkernels::sgd_step_");
+  using Signature = void(at::TensorList, at::TensorList, at::TensorList, double, double, double,
+                         double, bool, bool, bool, const OptionalTensor&, const OptionalTensor&);
+  static const auto op = typed_operator<Signature>("cnnkernels::sgd_step_");
   op.call(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
           maximize, is_first_step, grad_scale, found_inf);
 }
@@ -31,41 +50,6 @@ void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momen
 }  // namespace ops
 
 namespace {
-
-// Whether two tensors enumerate their elements in the same order of memory.
-bool same_order(const at::Tensor& a, const at::Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  return a.is_non_overlapping_and_dense() && a.strides() == b.strides();
-}
-
-// What a step may change, before it changes anything. Inference tensors carry no
-// autograd key, so that they are checked here.
-void check_params(const char* op, at::TensorList params) {
-  for (size_t i = 0; i < params.size(); ++i) {
-    TORCH_CHECK(!params[i].is_inference() || c10::InferenceMode::is_enabled(), op, ": params[", i,
-                "] is an inference tensor, which only InferenceMode may change");
-    TORCH_CHECK(
-        at::isFloatingType(params[i].scalar_type()) || at::isComplexType(params[i].scalar_type()),
-        op, ": params[", i, "] must be of a floating or complex dtype, but is ",
-        params[i].scalar_type());
-  }
-}
-
-void check_list(const char* op, const char* name, at::TensorList list, at::TensorList params) {
-  TORCH_CHECK(list.size() == params.size(), op, ": ", name,
-              " must have as many tensors as params, ", params.size(), ", but has ", list.size());
-  for (size_t i = 0; i < list.size(); ++i) {
-    TORCH_CHECK(list[i].sizes() == params[i].sizes(), op, ": ", name, "[", i,
-                "] must have the size of params[", i, "], ", params[i].sizes(), ", but has ",
-                list[i].sizes());
-    TORCH_CHECK(list[i].device() == params[i].device(), op, ": ", name, "[", i,
-                "] must be on the device of params[", i, "], ", params[i].device(), ", but is on ",
-                list[i].device());
-    TORCH_CHECK(c10::canCast(list[i].scalar_type(), params[i].scalar_type()), op, ": ", name, "[",
-                i, "] of ", list[i].scalar_type(), " cannot step params[", i, "] of ",
-                params[i].scalar_type());
-  }
-}
 
 // As torch's in-place operations on leaves.
 void check_mutable(const char* op, at::TensorList params) {
@@ -75,89 +59,42 @@ void check_mutable(const char* op, at::TensorList params) {
   }
 }
 
-// One parameter in torch's own operations, for what the kernel does not cover.
-void composed_step(at::Tensor param, at::Tensor grad, const at::Tensor& buffer,
-                   const StepOptions& options) {
-  if (options.unscale) grad.div_(options.grad_scale);
-  at::Tensor direction = options.maximize ? grad.neg() : grad;
-  if (options.weight_decay != 0) direction = direction.add(param, options.weight_decay);
-  if (options.momentum != 0) {
-    at::Tensor momentum_buffer = buffer;
-    if (options.first_step) {
-      momentum_buffer.copy_(direction);
-    } else {
-      momentum_buffer.mul_(options.momentum).add_(direction, 1 - options.dampening);
-    }
-    direction =
-        options.nesterov ? direction.add(momentum_buffer, options.momentum) : momentum_buffer;
+// All that the step kernels of the CPU take, by dtype.
+class CpuLists {
+ public:
+  explicit CpuLists(const StepCall& call) : options_(call.options) {
+    for (int dtype = 0; dtype < kDTypes; ++dtype) lists_[dtype].restart(static_cast<DType>(dtype));
   }
-  param.add_(direction, -options.lr);
-}
 
-// Neither a raw pointer nor an operation below autograd leaves a trace: without this a saved
-// parameter would give wrong gradients in silence.
-void bump_version(c10::TensorImpl* tensor) {
-  if (!tensor->is_inference()) tensor->bump_version();
-}
+  static bool takes(const at::Tensor&) { return false; }
 
-void step(const char* op, at::TensorList params, at::TensorList grads,
-          at::TensorList momentum_buffers, const StepOptions& options,
-          std::atomic<int64_t>& calls) {
-  check_params(op, params);
-  check_list(op, "grads", grads, params);
-  if (options.momentum != 0) check_list(op, "momentum_buffers", momentum_buffers, params);
-  constexpr int kDTypes = 4;
-  StepList lists[kDTypes];
-  for (int dtype = 0; dtype < kDTypes; ++dtype) lists[dtype].restart(static_cast<DType>(dtype));
-  std::vector<size_t> composed;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const at::Tensor& param = params[i];
-    const at::Tensor* const buffer = options.momentum != 0 ? &momentum_buffers[i] : nullptr;
+  bool add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* buffer) {
     const auto native = [&](const at::Tensor& other) {
       return not_native(other).empty() && other.scalar_type() == param.scalar_type() &&
              same_order(param, other);
     };
-    if (native(param) && native(grads[i]) && (buffer == nullptr || native(*buffer))) {
-      lists[static_cast<int>(dtype_of(param))].add(param, grads[i], buffer, options.unscale);
-    } else {
-      composed.push_back(i);
-    }
+    if (!native(param) || !native(grad) || (buffer != nullptr && !native(*buffer))) return false;
+    lists_[static_cast<int>(dtype_of(param))].add(param, grad, buffer, options_.unscale);
+    return true;
   }
-  for (const size_t i : composed) {
-    const at::Tensor buffer = options.momentum != 0 ? momentum_buffers[i] : at::Tensor();
-    bump_version(params[i].unsafeGetTensorImpl());
-    if (buffer.defined()) bump_version(buffer.unsafeGetTensorImpl());
-    if (options.unscale) bump_version(grads[i].unsafeGetTensorImpl());
-    composed_step(params[i], grads[i], buffer, options);
+
+  void step(std::atomic<int64_t>& calls) {
+    for (StepList& list : lists_) list.step(options_, calls);
   }
-  for (StepList& list : lists) list.step(options, calls);
-}
 
-void gd_step(at::TensorList params, at::TensorList grads, double lr) {
-  StepOptions options;
-  options.lr = lr;
-  step("gd_step_", params, grads, {}, options, kernel_calls().gd_step);
-}
-
-void sgd_step(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-              double weight_decay, double momentum, double lr, double dampening, bool nesterov,
-              bool maximize, bool is_first_step, const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf) {
-  if (has_value(found_inf) && found_inf->item<double>() != 0) return;
-  StepOptions options;
-  options.lr = lr;
-  options.momentum = momentum;
-  options.dampening = dampening;
-  options.weight_decay = weight_decay;
-  options.nesterov = nesterov;
-  options.maximize = maximize;
-  options.first_step = is_first_step;
-  options.unscale = has_value(grad_scale);
-  if (options.unscale) options.grad_scale = grad_scale->item<double>();
-  step("sgd_step_", params, grads, momentum_buffers, options, kernel_calls().sgd_step);
-}
+ private:
+  static constexpr int kDTypes = 4;
+  const StepOptions options_;
+  StepList lists_[kDTypes];
+};
 
 void autograd_gd_step(at::TensorList params, at::TensorList grads, double lr) {
+  check_mutable("gd_step_", params);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  ops::gd_step_(params, grads, lr);
+}
+
+void autograd_gd_step_tensor_lr(at::TensorList params, at::TensorList grads, const at::Tensor& lr) {
   check_mutable("gd_step_", params);
   const at::AutoDispatchBelowADInplaceOrView guard;
   ops::gd_step_(params, grads, lr);
@@ -168,6 +105,18 @@ void autograd_sgd_step(at::TensorList params, at::TensorList grads, at::TensorLi
                        bool nesterov, bool maximize, bool is_first_step,
                        const std::optional<at::Tensor>& grad_scale,
                        const std::optional<at::Tensor>& found_inf) {
+  check_mutable("sgd_step_", params);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  ops::sgd_step_(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
+                 maximize, is_first_step, grad_scale, found_inf);
+}
+
+void autograd_sgd_step_tensor_lr(at::TensorList params, at::TensorList grads,
+                                 at::TensorList momentum_buffers, double weight_decay,
+                                 double momentum, const at::Tensor& lr, double dampening,
+                                 bool nesterov, bool maximize, bool is_first_step,
+                                 const std::optional<at::Tensor>& grad_scale,
+                                 const std::optional<at::Tensor>& found_inf) {
   check_mutable("sgd_step_", params);
   const at::AutoDispatchBelowADInplaceOrView guard;
   ops::sgd_step_(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
@@ -247,13 +196,12 @@ bool operators_are_observed() {
          at::hasCallbacks();
 }
 
-TORCH_LIBRARY_IMPL(cnnkernels, CompositeExplicitAutograd, m) {
-  m.impl("gd_step_", gd_step);
-  m.impl("sgd_step_", sgd_step);
-}
+TORCH_LIBRARY_IMPL(cnnkernels, CompositeExplicitAutograd, m) { StepOperators<CpuLists>::add_to(m); }
 TORCH_LIBRARY_IMPL(cnnkernels, Autograd, m) {
   m.impl("gd_step_", autograd_gd_step);
+  m.impl("gd_step_.tensor_lr", autograd_gd_step_tensor_lr);
   m.impl("sgd_step_", autograd_sgd_step);
+  m.impl("sgd_step_.tensor_lr", autograd_sgd_step_tensor_lr);
 }
 
 }  // namespace cnnkernels

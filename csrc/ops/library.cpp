@@ -59,8 +59,13 @@ TORCH_LIBRARY(cnnkernels, m) {
       "bool pool_ceil_mode, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
   m.def("gd_step_(Tensor(a!)[] params, Tensor[] grads, float lr) -> ()");
+  m.def("gd_step_.tensor_lr(Tensor(a!)[] params, Tensor[] grads, Tensor lr) -> ()");
   m.def(
       "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
       "float weight_decay, float momentum, float lr, float dampening, bool nesterov, "
+      "bool maximize, bool is_first_step, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+  m.def(
+      "sgd_step_.tensor_lr(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, "
+      "*, float weight_decay, float momentum, Tensor lr, float dampening, bool nesterov, "
       "bool maximize, bool is_first_step, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }

@@ -92,11 +92,17 @@ TensorTriple conv2d_relu_max_pool2d_backward(
     at::IntArrayRef pool_stride, at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
     bool pool_ceil_mode, std::array<bool, 3> output_mask);
 
+// lr is a number, or a tensor of one element.
 void gd_step_(at::TensorList params, at::TensorList grads, double lr);
+void gd_step_(at::TensorList params, at::TensorList grads, const at::Tensor& lr);
 
 void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                double weight_decay, double momentum, double lr, double dampening, bool nesterov,
                bool maximize, bool is_first_step, const OptionalTensor& grad_scale,
+               const OptionalTensor& found_inf);
+void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+               double weight_decay, double momentum, const at::Tensor& lr, double dampening,
+               bool nesterov, bool maximize, bool is_first_step, const OptionalTensor& grad_scale,
                const OptionalTensor& found_inf);
 
 }  // namespace cnnkernels::ops

@@ -9,6 +9,7 @@
 
 #include <unordered_map>
 
+#include "kernels/cuda/max_pool2d.h"
 #include "kernels/workspace.h"
 #include "ops/arguments.h"
 #include "ops/gradient_step.h"
@@ -213,11 +214,17 @@ class Group {
     return py::list(py::reinterpret_borrow<py::object>(get(name)));
   }
 
-  double lr() const {
-    static PyObject* const name = interned("lr");
-    return number_argument(get(name));
+  double lr() const { return number_argument(get_lr()); }
+
+  // The learning rate where it is a tensor on another device, and there it may stay.
+  std::optional<at::Tensor> device_lr() const {
+    const py::handle value = get_lr();
+    if (PyFloat_CheckExact(value.ptr()) || !THPVariable_Check(value.ptr())) return std::nullopt;
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    return tensor.is_cpu() ? std::nullopt : std::make_optional(tensor);
   }
 
+  // All but the learning rate.
   StepOptions sgd_options() const {
     static PyObject* const momentum = interned("momentum");
     static PyObject* const dampening = interned("dampening");
@@ -225,7 +232,6 @@ class Group {
     static PyObject* const nesterov = interned("nesterov");
     static PyObject* const maximize = interned("maximize");
     StepOptions options;
-    options.lr = lr();
     options.momentum = number_argument(get(momentum));
     options.dampening = number_argument(get(dampening));
     options.weight_decay = number_argument(get(weight_decay));
@@ -235,6 +241,11 @@ class Group {
   }
 
  private:
+  py::handle get_lr() const {
+    static PyObject* const name = interned("lr");
+    return get(name);
+  }
+
   py::handle get(PyObject* name) const {
     PyObject* const value = find(group_, name);
     if (value == nullptr) throw py::key_error(py::cast<std::string>(name));
@@ -356,10 +367,13 @@ struct GroupTensors {
     }
   }
 
-  // Dense, on the CPU and of one dtype that the step kernels compute.
+  // Dense, on devices that have step kernels and of one dtype that they compute.
   bool native() const {
+    const auto taken = [](const at::Tensor& tensor) {
+      return not_native(tensor, Devices::cpu_and_cuda).empty();
+    };
     for (size_t i = 0; i < params.size(); ++i) {
-      if (!not_native(params[i]).empty() || !not_native(grads[i]).empty() ||
+      if (!taken(params[i]) || !taken(grads[i]) ||
           params[i].scalar_type() != params[0].scalar_type() ||
           grads[i].scalar_type() != params[0].scalar_type()) {
         return false;
@@ -373,28 +387,43 @@ struct GroupTensors {
 bool gd_step_group(const py::dict& group_dict) {
   const Group group(group_dict);
   const py::list params = group.params();
+  const std::optional<at::Tensor> device_lr = group.device_lr();
   StepOptions options;
-  options.lr = group.lr();
-  if (ordinary_step(params, py::handle(), options, kernel_calls().gd_step)) return true;
+  if (!device_lr.has_value()) {
+    options.lr = group.lr();
+    if (ordinary_step(params, py::handle(), options, kernel_calls().gd_step)) return true;
+  }
   const GroupTensors tensors("gd_step_", params);
   if (!tensors.native()) return false;
   const py::gil_scoped_release no_gil;
   const at::NoGradGuard no_grad;
-  ops::gd_step_(tensors.params, tensors.grads, options.lr);
+  if (device_lr.has_value()) {
+    ops::gd_step_(tensors.params, tensors.grads, *device_lr);
+  } else {
+    ops::gd_step_(tensors.params, tensors.grads, options.lr);
+  }
   return true;
 }
 
-bool sgd_step_group(const py::dict& group_dict, const py::object& state, py::handle grad_scale) {
+bool sgd_step_group(const py::dict& group_dict, const py::object& state, py::handle grad_scale,
+                    py::handle found_inf) {
   const char* const op = "sgd_step_";
   const Group group(group_dict);
   const py::list params = group.params();
   const std::optional<at::Tensor> scale = optional_tensor(op, "grad_scale", grad_scale);
+  const std::optional<at::Tensor> overflow = optional_tensor(op, "found_inf", found_inf);
+  const std::optional<at::Tensor> device_lr = group.device_lr();
   StepOptions options = group.sgd_options();
-  if (scale.has_value()) {
-    options.unscale = true;
-    options.grad_scale = scale->item<double>();
+  if (!device_lr.has_value()) options.lr = group.lr();
+  const auto elsewhere = [](const std::optional<at::Tensor>& number) {
+    return number.has_value() && !number->is_cpu();
+  };
+  // What is on another device stays there.
+  if (!elsewhere(device_lr) && !elsewhere(scale) && !elsewhere(overflow)) {
+    options.unscale = scale.has_value();
+    if (options.unscale) options.grad_scale = scale->item<double>();
+    if (ordinary_step(params, state, options, kernel_calls().sgd_step)) return true;
   }
-  if (ordinary_step(params, state, options, kernel_calls().sgd_step)) return true;
   const GroupTensors tensors(op, params);
   if (!tensors.native()) return false;
   struct Lists {
@@ -423,9 +452,16 @@ bool sgd_step_group(const py::dict& group_dict, const py::object& state, py::han
     const at::NoGradGuard no_grad;
     for (const Lists* lists : {&later, &first}) {
       if (lists->params.empty()) continue;
-      ops::sgd_step_(lists->params, lists->grads, lists->buffers, options.weight_decay,
-                     options.momentum, options.lr, options.dampening, options.nesterov,
-                     options.maximize, lists == &first, scale, std::nullopt);
+      const auto step = [&](const auto& lr) {
+        ops::sgd_step_(lists->params, lists->grads, lists->buffers, options.weight_decay,
+                       options.momentum, lr, options.dampening, options.nesterov, options.maximize,
+                       lists == &first, scale, overflow);
+      };
+      if (device_lr.has_value()) {
+        step(*device_lr);
+      } else {
+        step(options.lr);
+      }
     }
   }
   for (size_t i = 0; i < first_states.size(); ++i) first_states[i][name] = first.buffers[i];
@@ -438,6 +474,11 @@ py::dict config() {
   py::dict result;
   result["isa"] = isa_name(active_isa());
   result["isas"] = isas;
+#ifdef CNNK_WITH_CUDA
+  result["cuda"] = true;
+#else
+  result["cuda"] = false;
+#endif
   result["kept_mib"] = result_memory().mebibytes;
   py::list notes;  // on environment variables that do not hold
   for (const std::string& note : {std::string(active_isa_note()), result_memory().note}) {
@@ -534,6 +575,25 @@ std::string max_pool2d_reason(py::handle input, py::handle kernel_size, py::hand
                                    bool_argument(op, "ceil_mode", ceil)));
 }
 
+// The plan for tensors as torch allocates them, and of a call that no view shifts.
+py::dict explain_on_cuda(const MaxPool2dProblem& problem) {
+  constexpr int64_t kAlignment = 16;
+  const auto plan = cuda::plan_max_pool2d(problem, kAlignment);
+  const auto blocks = [](const cuda::LaunchGrid& grid) {
+    return py::make_tuple(grid.x, grid.y, grid.z);
+  };
+  py::dict result;
+  result["algorithm"] = plan.algorithm;
+  result["isa"] = "cuda";
+  result["vector_lanes"] = plan.width;
+  result["threads"] = plan.forward.threads();
+  result["blocks"] = blocks(plan.forward);
+  result["argmax_bytes"] = problem.compact_argmax() ? 1 : 4;
+  result["backward"] = "gather";
+  result["backward_blocks"] = blocks(plan.backward);
+  return result;
+}
+
 py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle stride,
                             py::handle padding, py::handle dilation, py::handle ceil) {
   const char* const op = "max_pool2d";
@@ -547,6 +607,7 @@ py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle
   const at::Tensor images = batched(op, x);
   const Layout layout = pool_layout(images);
   const MaxPool2dProblem problem = pool_problem(op, images.sizes(), dtype_of(x), layout, arguments);
+  if (!x.is_cpu()) return explain_on_cuda(problem);
   const MaxPool2dPlan plan = plan_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
   py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
   result["argmax_bytes"] = problem.compact_argmax() ? 1 : 4;

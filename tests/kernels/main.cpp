@@ -15,6 +15,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cases.h"
 #include "conversions.h"
 #include "kernels/conv2d_relu_max_pool2d.h"
 #include "kernels/cpu/conv2d_patches.h"
@@ -245,59 +246,35 @@ void check_refused(const MaxPool2dProblem& p, const Tensor& taps, Element elemen
 }
 
 void check_max_pool2d(Random& random) {
-  const MaxPool2dProblem p = random_max_pool2d(random);
-  const Element element = element_of(p.dtype);
-  const Element tap_element = p.compact_argmax() ? Element::uint8 : Element::int32;
-  Tensor x = random_tensor(random, {p.batch, p.channels, p.in_height, p.in_width}, p.dtype);
-  if (random.chance(50)) add_specials(random, x, element_count(x.shape) / 20);
-  if (random.chance(20)) x.values.assign(x.values.size(), -kInfinity);
-  const Dims in_strides = layout_strides(x.shape, p.layout);
-  const Pooled pooled = max_pool2d(p, x);
-  const Dims& shape = pooled.values.shape;
-  const Dims out_strides = layout_strides(shape, p.layout);
-  Tensor gradient = random_tensor(random, shape, p.dtype);
-  if (random.chance(20)) add_specials(random, gradient, 1);
-
-  Tensor grad_x(x.shape), gathered(shape), indices(shape);
-  const std::vector<int64_t> positions = winners(p, pooled.taps);
-  Tensor winning_taps = pooled.taps;  // and no winner here and there
-  const int clipped = random.chance(30) ? 20 : 0;
-  for (size_t i = 0; i < positions.size(); ++i) {
-    if (random.chance(clipped)) {
-      winning_taps.values[i] = static_cast<double>(p.no_winner());
-      gathered.values[i] = 0;
-    } else {
-      grad_x[positions[i]] += gradient.values[i];
-      gathered.values[i] = x[positions[i]];
-    }
-    indices.values[i] = static_cast<double>(positions[i] % (p.in_height * p.in_width));
-  }
-
-  const Memory input(element, x, in_strides);
-  const Memory grad_output(element, gradient, out_strides);
-  const Memory argmax(tap_element, pooled.taps, out_strides);
-  const Memory winners_only(tap_element, winning_taps, out_strides);
+  const MaxPool2dCase c(random, random_max_pool2d(random));
+  const MaxPool2dProblem& p = c.problem;
+  const Dims in_strides = c.in_strides(), out_strides = c.out_strides();
+  const Dims& shape = c.values.shape;
+  const Memory input(c.element, c.input, in_strides);
+  const Memory grad_output(c.element, c.grad_output, out_strides);
+  const Memory argmax(c.tap_element, c.taps, out_strides);
+  const Memory winners_only(c.tap_element, c.winning_taps, out_strides);
   for_each_run(describe(p), [&](Isa isa, const ThreadPool& pool) {
-    const Memory values(element, shape, out_strides);
-    const Memory taps(tap_element, shape, out_strides);
+    const Memory values(c.element, shape, out_strides);
+    const Memory taps(c.tap_element, shape, out_strides);
     const bool with_taps = random.chance(80);
     max_pool2d_forward(p, isa, pool, input.data(), values.data(),
                        with_taps ? taps.data() : nullptr);
-    expect_holds(values, pooled.values, "output");
-    if (with_taps) expect_holds(taps, pooled.taps, "argmax");
-    const Memory grad_input(element, x.shape, in_strides);
+    expect_holds(values, c.values, "output");
+    if (with_taps) expect_holds(taps, c.taps, "argmax");
+    const Memory grad_input(c.element, c.input.shape, in_strides);
     max_pool2d_backward(p, isa, pool, grad_output.data(), winners_only.data(), grad_input.data());
-    expect_holds(grad_input, grad_x, "gradient of the input");
+    expect_holds(grad_input, c.grad_input, "gradient of the input");
     if (isa != Isa::baseline) return;  // what follows has one source for all tiers
-    const Memory picked(element, shape, out_strides);
+    const Memory picked(c.element, shape, out_strides);
     max_pool2d_gather(p, pool, input.data(), winners_only.data(), picked.data());
-    expect_holds(picked, gathered, "gathered values");
+    expect_holds(picked, c.gathered, "gathered values");
     const Memory flat(Element::int64, shape, out_strides);
     max_pool2d_indices(p, pool, argmax.data(), flat.data<int64_t>());
-    expect_holds(flat, indices, "indices");
+    expect_holds(flat, c.indices, "indices");
   });
   set_context(describe(p));
-  if (p.outputs() > 0) check_refused(p, pooled.taps, element, tap_element, x.shape);
+  if (p.outputs() > 0) check_refused(p, c.taps, c.element, c.tap_element, c.input.shape);
 }
 
 // The argmax of the block: its windows that the ReLU clips have no winner.
@@ -383,85 +360,31 @@ void check_block(Random& random) {
   });
 }
 
-// Options of which every step is exact.
-StepOptions random_step_options(Random& random, DType dtype) {
-  StepOptions options;
-  options.lr = dtype == DType::float64 ? 0.125 + std::ldexp(1.0, -28) : 0.125;
-  options.momentum = random.chance(60) ? 0.5 : 0;
-  options.nesterov = random.chance(40);
-  options.dampening = !options.nesterov && random.chance(50) ? 0.25 : 0;
-  options.weight_decay = random.chance(50) ? 0.125 : 0;
-  options.maximize = random.chance(30);
-  options.first_step = random.chance(30);
-  options.unscale = random.chance(30);
-  options.grad_scale = options.unscale ? 4 : 1;
-  return options;
-}
-
-struct StepTensors {
-  Tensor param, grad, buffer;
-};
-
-StepTensors stepped(const StepTensors& from, const StepOptions& options) {
-  StepTensors to = from;
-  for (size_t i = 0; i < from.param.values.size(); ++i) {
-    double& grad = to.grad.values[i];
-    double& buffer = to.buffer.values[i];
-    if (options.unscale) grad /= options.grad_scale;
-    double direction = options.maximize ? -grad : grad;
-    direction += options.weight_decay * from.param.values[i];
-    if (options.momentum != 0) {
-      buffer = options.first_step ? direction
-                                  : options.momentum * buffer + (1 - options.dampening) * direction;
-      direction = options.nesterov ? direction + options.momentum * buffer : buffer;
-    }
-    to.param.values[i] -= options.lr * direction;
-  }
-  return to;
-}
-
 void check_gradient_step(Random& random) {
-  const DType dtype = random_dtype(random);
-  const Element element = element_of(dtype);
-  const StepOptions options = random_step_options(random, dtype);
   const bool large = random.chance(5);  // enough for several threads
-  std::vector<StepTensors> before, after;
-  for (int64_t count = random.between(0, 5); count > 0; --count) {
-    const Dims shape = {random.chance(5) ? 0 : random.between(1, large ? 40000 : 100), 1, 1, 1};
-    // Not random_tensor, whose scale would cost bits that the steps need.
-    StepTensors tensors = {Tensor(shape), Tensor(shape), Tensor(shape)};
-    for (Tensor* const tensor : {&tensors.param, &tensors.grad, &tensors.buffer}) {
-      *tensor = random_tensor(random, shape, DType::float32, 64);
-    }
-    if (options.first_step) {
-      tensors.buffer.values.assign(tensors.buffer.values.size(), std::nan(""));
-    }
-    after.push_back(stepped(tensors, options));
-    before.push_back(std::move(tensors));
+  std::vector<int64_t> counts(static_cast<size_t>(random.between(0, 5)));
+  for (int64_t& count : counts) {
+    count = random.chance(5) ? 0 : random.between(1, large ? 40000 : 100);
   }
-  std::ostringstream context;
-  context << "gradient_step " << describe(dtype, Layout::nchw) << " momentum " << options.momentum
-          << " nesterov " << options.nesterov << " dampening " << options.dampening
-          << " weight_decay " << options.weight_decay << " maximize " << options.maximize
-          << " first_step " << options.first_step << " unscale " << options.unscale << " elements";
-  for (const StepTensors& tensors : before) context << ' ' << tensors.param.values.size();
-  for_each_run(context.str(), [&](Isa isa, const ThreadPool& pool) {
+  const GradientStepCase c(random, counts);
+  const Element element = element_of(c.dtype);
+  for_each_run(c.describe(), [&](Isa isa, const ThreadPool& pool) {
     std::vector<std::unique_ptr<Memory>> memory;
     std::vector<StepTensor> list;
-    for (const StepTensors& tensors : before) {
+    for (const StepTensors& tensors : c.before) {
       for (const Tensor* const tensor : {&tensors.param, &tensors.grad, &tensors.buffer}) {
         memory.push_back(std::make_unique<Memory>(element, *tensor, kBiasStrides));
       }
       const std::unique_ptr<Memory>* const last = &memory.back();
       list.push_back({last[-2]->data(), last[-1]->data(),
-                      options.momentum != 0 ? last[0]->data() : nullptr,
+                      c.options.momentum != 0 ? last[0]->data() : nullptr,
                       element_count(tensors.param.shape)});
     }
-    gradient_step(dtype, plan_gradient_step(list, isa, pool.threads), pool, list, options);
-    for (size_t i = 0; i < after.size(); ++i) {
-      expect_holds(*memory[3 * i], after[i].param, "parameter");
-      expect_holds(*memory[3 * i + 1], after[i].grad, "gradient");
-      expect_holds(*memory[3 * i + 2], after[i].buffer, "momentum buffer");
+    gradient_step(c.dtype, plan_gradient_step(list, isa, pool.threads), pool, list, c.options);
+    for (size_t i = 0; i < c.after.size(); ++i) {
+      expect_holds(*memory[3 * i], c.after[i].param, "parameter");
+      expect_holds(*memory[3 * i + 1], c.after[i].grad, "gradient");
+      expect_holds(*memory[3 * i + 2], c.after[i].buffer, "momentum buffer");
     }
   });
 }
@@ -490,7 +413,6 @@ int main(int argc, char** argv) {
   for (const cnnkernels::Isa isa : cnnkernels::supported_isas()) {
     std::printf(" %s", cnnkernels::isa_name(isa));
   }
-  std::printf("\nchecks: %lld\nfailures: %lld\n", static_cast<long long>(checks()),
-              static_cast<long long>(failures()));
-  return failures() == 0 ? 0 : 1;
+  std::printf("\n");
+  return report();
 }

@@ -114,12 +114,11 @@ double rounded(Element element, double value) {
   return result;
 }
 
-Memory::Memory(Element element, const Dims& shape, const Dims& strides)
+Memory::Memory(Element element, const Dims& shape, const Dims& strides, Placement placement)
     : element_(element),
       shape_(shape),
       strides_(strides),
-      // One element more, so that nothing is aligned to a vector.
-      front_(kGuardBytes + size_of(element)),
+      front_(kGuardBytes + (placement == Placement::aligned ? 0 : size_of(element))),
       size_(static_cast<size_t>(element_count(shape)) * size_of(element)) {
 #if defined(__SANITIZE_ADDRESS__)
   back_ = 0;
@@ -134,8 +133,8 @@ Memory::Memory(Element element, const Dims& shape, const Dims& strides)
 #endif
 }
 
-Memory::Memory(Element element, const Tensor& tensor, const Dims& strides)
-    : Memory(element, tensor.shape, strides) {
+Memory::Memory(Element element, const Tensor& tensor, const Dims& strides, Placement placement)
+    : Memory(element, tensor.shape, strides, placement) {
   with_element(element_, [&](auto type) {
     using T = decltype(type);
     for_each_element(shape_, strides_,
@@ -210,7 +209,10 @@ void expect_holds(const Memory& memory, const Tensor& expected, const std::strin
   expect(wrong == 0, message.str());
 }
 
-int64_t checks() { return check_count; }
-int64_t failures() { return failure_count; }
+int report() {
+  std::printf("checks: %lld\nfailures: %lld\n", static_cast<long long>(check_count),
+              static_cast<long long>(failure_count));
+  return failure_count == 0 ? 0 : 1;
+}
 
 }  // namespace kernel_tests

@@ -67,8 +67,13 @@ double rounded(Element element, double value);
 // not initialised it is all ones: NaN in every float type.
 class Memory {
  public:
-  Memory(Element element, const Dims& shape, const Dims& strides);
-  Memory(Element element, const Tensor& tensor, const Dims& strides);
+  // Unaligned is one element past a multiple of 16 bytes.
+  enum class Placement { unaligned, aligned };
+
+  Memory(Element element, const Dims& shape, const Dims& strides,
+         Placement placement = Placement::unaligned);
+  Memory(Element element, const Tensor& tensor, const Dims& strides,
+         Placement placement = Placement::unaligned);
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -97,7 +102,7 @@ void expect(bool condition, const std::string& what);
 // Equal, with NaN equal to NaN, after rounding `expected` to the elements.
 void expect_holds(const Memory& memory, const Tensor& expected, const std::string& what);
 
-int64_t checks();
-int64_t failures();
+// Prints how many checks there were and how many failed; returns what main() is to.
+int report();
 
 }  // namespace kernel_tests

@@ -1,0 +1,31 @@
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/launch.cuh"
+
+namespace cnnkernels::cuda {
+
+const char* error_name(Error error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
+
+const char* error_text(Error error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+Error device_limits(int device, DeviceLimits* limits) {
+  int major = 0, minor = 0, shared_bytes = 0;
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } queries[] = {
+      {cudaDevAttrComputeCapabilityMajor, &major},
+      {cudaDevAttrComputeCapabilityMinor, &minor},
+      {cudaDevAttrMultiProcessorCount, &limits->multiprocessors},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, &limits->threads_per_multiprocessor},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes},
+  };
+  for (const auto& query : queries) {
+    const cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, device);
+    if (error != cudaSuccess) return error;
+  }
+  limits->compute_capability = 10 * major + minor;
+  limits->shared_bytes_per_block = shared_bytes;
+  return kSuccess;
+}
+
+}  // namespace cnnkernels::cuda

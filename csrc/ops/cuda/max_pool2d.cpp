@@ -1,0 +1,69 @@
+// The pooling operators on CUDA.
+#include "kernels/cuda/max_pool2d.h"
+
+#include <ATen/ops/empty.h>
+
+#include "ops/cuda/device.h"
+#include "ops/max_pool2d.h"
+
+namespace cnnkernels {
+namespace {
+
+// Bytes of which the addresses of all tensors are multiples, of those that an access may ask for.
+template <class... Tensors>
+int64_t common_alignment(const Tensors&... tensors) {
+  constexpr uintptr_t kWidestAccess = 16;
+  const uintptr_t bits =
+      (kWidestAccess | ... |
+       (tensors.defined() ? reinterpret_cast<uintptr_t>(read_data(tensors)) : 0));
+  return static_cast<int64_t>(bits & (~bits + 1));
+}
+
+struct Cuda {
+  static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format,
+                          const at::Tensor& like) {
+    return at::empty(size, like.options().dtype(dtype), format);
+  }
+  static void forward(const MaxPool2dProblem& problem, const at::Tensor& input,
+                      const at::Tensor& output, const at::Tensor& argmax) {
+    const cuda::DeviceScope scope(input);
+    const auto plan = cuda::plan_max_pool2d(problem, common_alignment(input, output, argmax));
+    cuda::check_launch("max_pool2d",
+                       cuda::max_pool2d_forward(
+                           problem, plan, read_data(input), output.mutable_data_ptr(),
+                           argmax.defined() ? argmax.mutable_data_ptr() : nullptr, scope.stream()));
+  }
+  static void backward(const MaxPool2dProblem& problem, const at::Tensor& grad_output,
+                       const at::Tensor& argmax, const at::Tensor& grad_input) {
+    const cuda::DeviceScope scope(grad_output);
+    const auto plan =
+        cuda::plan_max_pool2d(problem, common_alignment(grad_output, argmax, grad_input));
+    cuda::check_launch(
+        "max_pool2d_backward",
+        cuda::max_pool2d_backward(problem, plan, read_data(grad_output), read_data(argmax),
+                                  grad_input.mutable_data_ptr(), scope.stream()));
+  }
+  static void gather(const MaxPool2dProblem& problem, const at::Tensor& input,
+                     const at::Tensor& argmax, const at::Tensor& values) {
+    const cuda::DeviceScope scope(input);
+    const auto plan = cuda::plan_max_pool2d(problem, common_alignment(input));
+    cuda::check_launch("max_pool2d_gather",
+                       cuda::max_pool2d_gather(problem, plan, read_data(input), read_data(argmax),
+                                               values.mutable_data_ptr(), scope.stream()));
+  }
+  static void indices(const MaxPool2dProblem& problem, const at::Tensor& argmax,
+                      const at::Tensor& indices) {
+    const cuda::DeviceScope scope(argmax);
+    const auto plan = cuda::plan_max_pool2d(problem, common_alignment(argmax));
+    cuda::check_launch("max_pool2d_with_indices",
+                       cuda::max_pool2d_indices(problem, plan, read_data(argmax),
+                                                static_cast<int64_t*>(indices.mutable_data_ptr()),
+                                                scope.stream()));
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cnnkernels, CNNK_CUDA_DISPATCH_KEY, m) { MaxPool2dOperators<Cuda>::add_to(m); }
+
+}  // namespace cnnkernels

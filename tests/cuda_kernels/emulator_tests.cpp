@@ -1,0 +1,315 @@
+// The emulator's own tests: what its operations give, and what it refuses.
+//
+//   usage: PROGRAM
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <vector>
+
+#include "block_sum.cuh"
+#include "matrix_product.cuh"
+#include "schedules.h"
+#include "support.h"
+
+namespace cuda_kernel_tests {
+namespace {
+
+using kernel_tests::expect;
+using kernel_tests::Random;
+using kernel_tests::set_context;
+
+void run(unsigned threads, const std::function<void()>& kernel, unsigned blocks = 1,
+         size_t dynamic_shared_bytes = 0) {
+  cuda_emulator::launch(dim3(blocks), dim3(threads), dynamic_shared_bytes, nullptr, kernel);
+}
+
+// That the kernel fails, and that the message has these words.
+void expect_error(const std::string& words, unsigned threads, const std::function<void()>& kernel,
+                  size_t dynamic_shared_bytes = 0) {
+  std::string message = "(none)";
+  try {
+    run(threads, kernel, 1, dynamic_shared_bytes);
+  } catch (const cuda_emulator::Error& error) {
+    message = error.what();
+  }
+  expect(message.find(words) != std::string::npos, "an error with '" + words + "', not " + message);
+}
+
+void check_indices() {
+  set_context("indices");
+  std::vector<int> seen(2 * 3 * 2 * 4 * 2 * 2);
+  cuda_emulator::launch(dim3(2, 3, 2), dim3(4, 2, 2), 0, nullptr, [&] {
+    const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    ++seen[block * 16 + thread];
+  });
+  for (const int times : seen) expect(times == 1, "every thread of every block runs once");
+}
+
+void check_shuffles() {
+  set_context("shuffles");
+  run(64, [&] {
+    const int lane = static_cast<int>(threadIdx.x % 32), all = static_cast<int>(threadIdx.x);
+    expect(__shfl_sync(kAllLanes, all, 5) == all - lane + 5, "__shfl_sync");
+    expect(__shfl_sync(kAllLanes, lane, 3, 8) == lane / 8 * 8 + 3, "__shfl_sync of width 8");
+    expect(__shfl_up_sync(kAllLanes, lane, 3) == (lane < 3 ? lane : lane - 3), "__shfl_up_sync");
+    expect(__shfl_down_sync(kAllLanes, lane, 3, 16) == (lane % 16 > 12 ? lane : lane + 3),
+           "__shfl_down_sync of width 16");
+    expect(__shfl_xor_sync(kAllLanes, lane, 17) == (lane ^ 17), "__shfl_xor_sync");
+    expect(__shfl_xor_sync(kAllLanes, lane * 1.5, 1) == (lane ^ 1) * 1.5, "a shuffle of doubles");
+    if (lane < 8) {
+      expect(__shfl_xor_sync(0xffu, lane, 4) == (lane ^ 4), "a shuffle of eight lanes");
+      expect(std::isnan(__shfl_sync(0xffu, 1.0f, 9)), "a lane outside of the mask has nothing");
+    }
+    expect(__ballot_sync(kAllLanes, lane % 3 == 0) == 0x49249249u, "__ballot_sync");
+    expect(__any_sync(kAllLanes, lane == 7) == 1, "__any_sync");
+    expect(__any_sync(kAllLanes, 0) == 0, "__any_sync of nothing");
+    expect(__all_sync(kAllLanes, 1) == 1, "__all_sync");
+    expect(__all_sync(kAllLanes, lane != 7) == 0, "__all_sync but for one");
+    __syncwarp();
+  });
+  expect_error("which its mask leaves out", 32, [] { __shfl_sync(0x7fffffffu, 0, 0); });
+  expect_error("waits for ever", 32, [] {
+    if (threadIdx.x != 9) __shfl_sync(kAllLanes, 0, 0);
+  });
+  expect_error("waits for ever", 32, [] {
+    if (threadIdx.x < 16) {
+      __shfl_sync(kAllLanes, 0, 0);
+    } else {
+      __shfl_sync(kAllLanes, 0, 1);  // another place
+    }
+  });
+  expect_error("waits for ever", 24, [] { __ballot_sync(kAllLanes, 1); });  // eight lanes too few
+  expect_error("of width 12", 32, [] { __shfl_sync(kAllLanes, 0, 0, 12); });
+}
+
+void check_barriers() {
+  set_context("barriers");
+  std::vector<int> order;
+  run(96, [&] {
+    order.push_back(1);
+    __syncthreads();
+    order.push_back(2);
+  });
+  expect(std::is_sorted(order.begin(), order.end()) && order.size() == 192, "a barrier holds all");
+  expect_error("exited", 64, [] {
+    if (threadIdx.x == 63) return;
+    __syncthreads();
+  });
+  expect_error("is divided at __syncthreads", 64, [] {
+    if (threadIdx.x < 32) {
+      __syncthreads();
+    } else {
+      __syncthreads();
+    }
+  });
+  expect_error("waits for ever", 64, [] {
+    if (threadIdx.x < 32) {
+      __syncthreads();
+    } else {
+      __syncwarp(threadIdx.x == 40 ? 0x100u : 0xffffffffu);
+    }
+  });
+}
+
+void check_shared_memory() {
+  set_context("shared memory");
+  for (int block = 0; block < 2; ++block) {
+    run(
+        33,
+        [] {
+          CNNK_SHARED(float, first, 40);
+          CNNK_SHARED(double, second, 3);
+          CNNK_DYNAMIC_SHARED(float, third);
+          if (threadIdx.x == 0) {
+            for (const float value : first) expect(std::isnan(value), "it begins as NaN");
+            for (const double value : second) expect(std::isnan(value), "it begins as NaN");
+            expect(std::isnan(third[24]), "dynamic memory begins as NaN");
+            second[2] = 7;
+          }
+          __syncthreads();
+          first[threadIdx.x] = static_cast<float>(threadIdx.x);
+          __syncthreads();
+          expect(first[(threadIdx.x + 1) % 33] == static_cast<float>((threadIdx.x + 1) % 33),
+                 "threads share it");
+          expect(second[2] == 7, "arrays are apart");
+        },
+        2, 100);
+  }
+  expect_error("bytes of static shared memory", 1, [] {
+    CNNK_SHARED(char, large, 48 * 1024 + 1);
+    large[0] = 0;
+  });
+  expect_error("dynamic shared memory", 1, [] {
+    CNNK_DYNAMIC_SHARED(float, none);
+    none[0] = 0;
+  });
+  expect_error("cannot be launched", 1, [] {}, 228 * 1024);
+  expect_error("cannot be launched", 1025, [] {});
+  expect_error("cannot be launched", 0, [] {});
+}
+
+void check_accesses() {
+  set_context("accesses");
+  alignas(16) float numbers[8] = {};
+  expect_error("an access of 16 bytes", 1, [&] { CNNK_CHECK_ALIGNMENT(numbers + 1, 16); });
+  run(1, [&] { CNNK_CHECK_ALIGNMENT(numbers + 4, 16); });
+  int total = 0, most = 0, first = -1;
+  float sum = 0;
+  run(70, [&] {
+    const int thread = static_cast<int>(threadIdx.x);
+    atomicAdd(&total, thread);
+    atomicAdd(&sum, 0.5f);
+    atomicMax(&most, thread);
+    atomicCAS(&first, -1, thread);
+  });
+  expect(total == 69 * 35 && sum == 35 && most == 69 && first >= 0, "atomics");
+}
+
+void check_asynchronous_copies() {
+  set_context("asynchronous copies");
+  alignas(16) const float source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  run(1, [&] {
+    CNNK_SHARED(float, target, 8);
+    target[0] = 9;
+    cp_async<16>(target, source);
+    cp_async_commit();
+    cp_async<16>(target + 4, source + 4, 8);
+    cp_async_commit();
+    expect(std::isnan(target[0]), "nothing is there before the wait");
+    cp_async_wait<1>();
+    expect(target[0] == 1 && target[3] == 4, "the first group is there");
+    expect(std::isnan(target[4]), "the second group is not");
+    cp_async_wait<0>();
+    expect(target[4] == 5 && target[5] == 6 && target[6] == 0 && target[7] == 0,
+           "bytes that are not valid are zero");
+  });
+  expect_error("outside of shared memory", 1, [&] {
+    float own[4];
+    cp_async<4>(own, source);
+  });
+  expect_error("an access of 16 bytes", 1, [&] {
+    CNNK_SHARED(float, target, 8);
+    cp_async<16>(target, source + 1);
+  });
+  expect_error("outside of shared memory", 1, [&] {
+    CNNK_SHARED(float, target, 6);
+    cp_async<16>(target + 4, source);
+  });
+  expect_error("ldmatrix.x4 outside of shared memory", 32, [] {
+    uint32_t r[4];
+    alignas(16) const uint16_t row[8] = {};
+    ldmatrix_x4(r, row);
+  });
+}
+
+void check_row_sums(Random& random) {
+  const int rows = static_cast<int>(random.between(1, 4));
+  const int count = static_cast<int>(random.between(1, 700));
+  std::vector<float> numbers(static_cast<size_t>(rows * count));
+  for (float& number : numbers) number = static_cast<float>(random.between(-8, 8));
+  for_each_schedule("row_sums of " + std::to_string(count), [&] {
+    std::vector<float> sums(static_cast<size_t>(rows), std::nanf(""));
+    LaunchGrid grid;
+    grid.block_x = kSumThreads;
+    launch(row_sums_kernel, grid, 0, nullptr, numbers.data(), rows, count, sums.data());
+    for (int row = 0; row < rows; ++row) {
+      float expected = 0;
+      for (int i = 0; i < count; ++i) expected += numbers[static_cast<size_t>(row * count + i)];
+      expect(sums[static_cast<size_t>(row)] == expected, "the sum of a row");
+    }
+  });
+}
+
+// Small integers, whose products and sums are exact in every type. Memory ends with the last one.
+template <class T>
+struct Matrix {
+  int rows, columns;
+  std::vector<double> values;
+  std::unique_ptr<T[]> elements;
+
+  Matrix(Random& random, int rows_, int columns_)
+      : rows(rows_),
+        columns(columns_),
+        values(static_cast<size_t>(rows_ * columns_)),
+        elements(new T[values.size()]) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<double>(random.between(-8, 8));
+      elements[i] = narrow<T>(static_cast<float>(values[i]));
+    }
+  }
+  double at(int row, int column) const {
+    return values[static_cast<size_t>(row * columns + column)];
+  }
+};
+
+template <class T>
+void check_product(const char* name, Random& random, int m, int n, int k, const LaunchGrid& grid,
+                   void (*kernel)(const T*, const T*, float*, int, int, int)) {
+  const Matrix<T> a(random, m, k), b(random, k, n);
+  const std::string context = std::string(name) + " " + std::to_string(m) + "x" +
+                              std::to_string(n) + "x" + std::to_string(k);
+  for_each_schedule(context, [&] {
+    std::vector<float> c(static_cast<size_t>(m * n), std::nanf(""));
+    launch(kernel, grid, 0, nullptr, a.elements.get(), b.elements.get(), c.data(), m, n, k);
+    bool equal = true;
+    for (int row = 0; row < m; ++row) {
+      for (int column = 0; column < n; ++column) {
+        double expected = 0;
+        for (int d = 0; d < k; ++d) expected += a.at(row, d) * b.at(d, column);
+        equal = equal && c[static_cast<size_t>(row * n + column)] == expected;
+      }
+    }
+    expect(equal, "a product of matrices");
+  });
+}
+
+void check_products(Random& random) {
+  const int m = static_cast<int>(random.between(1, 100));
+  const int n = static_cast<int>(8 * random.between(1, 13));
+  const int k = static_cast<int>(8 * random.between(1, 20));
+  LaunchGrid grid;
+  grid.x = static_cast<unsigned>(ceil_div(m, kTile));
+  grid.y = static_cast<unsigned>(ceil_div(n, kTile));
+  grid.block_x = kProductThreads;
+  check_product("float16", random, m, n, k, grid, matrix_product_kernel<float16>);
+  check_product("bfloat16", random, m, n, k, grid, matrix_product_kernel<bfloat16>);
+  const int columns = static_cast<int>(random.between(1, 20));
+  const int depth = static_cast<int>(random.between(1, 30));
+  LaunchGrid small;
+  small.x = static_cast<unsigned>(ceil_div(m, 16));
+  small.y = static_cast<unsigned>(ceil_div(columns, 8));
+  small.block_x = 32;
+  check_product("tf32", random, m, columns, depth, small, matrix_product_tf32_kernel);
+}
+
+// That TF32 leaves the lower bits out, as the hardware does.
+void check_tf32() {
+  set_context("tf32");
+  const float a = 1 + std::ldexp(1.0f, -10) + std::ldexp(1.0f, -11), b = 1;
+  float c = 0;
+  LaunchGrid grid;
+  grid.block_x = 32;
+  launch(matrix_product_tf32_kernel, grid, 0, nullptr, &a, &b, &c, 1, 1, 1);
+  expect(c == 1 + std::ldexp(1.0f, -10), "ten bits of a mantissa take part");
+}
+
+}  // namespace
+}  // namespace cuda_kernel_tests
+
+int main() {
+  using namespace cuda_kernel_tests;
+  check_indices();
+  check_shuffles();
+  check_barriers();
+  check_shared_memory();
+  check_accesses();
+  check_asynchronous_copies();
+  check_tf32();
+  Random random(1);
+  for (int i = 0; i < 5; ++i) {
+    check_row_sums(random);
+    check_products(random);
+  }
+  return kernel_tests::report();
+}

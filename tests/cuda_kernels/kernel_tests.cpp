@@ -1,0 +1,231 @@
+// Checks every CUDA kernel on the emulator against naive loops in double, and the plans.
+//
+//   usage: PROGRAM CASES SEED
+//
+// Numbers are so small that all results are exact: they must be equal.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+#include "cases.h"
+#include "kernels/cuda/gradient_step.h"
+#include "kernels/cuda/max_pool2d.h"
+#include "plan_tests.h"
+#include "problems.h"
+#include "schedules.h"
+#include "support.h"
+
+namespace cuda_kernel_tests {
+namespace {
+
+using namespace cnnkernels;
+using cuda::DeviceLimits;
+using cuda::LaunchGrid;
+using kernel_tests::Dims;
+using kernel_tests::Element;
+using kernel_tests::expect_holds;
+using kernel_tests::GradientStepCase;
+using kernel_tests::MaxPool2dCase;
+using kernel_tests::Memory;
+using kernel_tests::Random;
+using kernel_tests::Tensor;
+
+Memory::Placement random_placement(Random& random, int aligned) {
+  return random.chance(aligned) ? Memory::Placement::aligned : Memory::Placement::unaligned;
+}
+
+// Poolings as networks have them: windows of strips, and channels in whole vectors.
+MaxPool2dProblem random_pooling(Random& random) {
+  MaxPool2dProblem p = kernel_tests::random_max_pool2d(random);
+  if (random.chance(40)) {
+    p.layout = Layout::nchw;
+    p.channels = random.between(1, 5);
+    p.kernel_height = p.kernel_width = random.between(2, 3);
+    p.stride_h = p.stride_w = 2;
+    p.dilation_h = p.dilation_w = 1;
+    p.pad_top = p.pad_left = random.between(0, p.kernel_width - 2);
+    p.out_width = random.between(1, 12);
+    p.in_width = 2 * p.out_width;
+    p.in_height = random.between(p.kernel_height, 20);
+    p.out_height = (p.in_height + 2 * p.pad_top - p.kernel_height) / 2 + 1;
+  } else if (random.chance(50)) {
+    p.channels = 8 * random.between(1, 5);
+  }
+  return p;
+}
+
+// As a grid may be for a problem too large for it: threads go over several images.
+LaunchGrid with_fewer_images(Random& random, LaunchGrid grid) {
+  grid.y = static_cast<unsigned>(random.between(1, grid.y));
+  return grid;
+}
+
+void check_max_pool2d(Random& random) {
+  const MaxPool2dCase c(random, random_pooling(random));
+  const MaxPool2dProblem& p = c.problem;
+  const Dims in_strides = c.in_strides(), out_strides = c.out_strides();
+  const Dims& shape = c.values.shape;
+  if (p.batch == 0) return;  // callers launch nothing
+  const Memory::Placement placement = random_placement(random, 85);
+  cuda::MaxPool2dPlan plan = cuda::plan_max_pool2d(
+      p, placement == Memory::Placement::aligned ? 16 : element_size(p.dtype));
+  plan.forward = with_fewer_images(random, plan.forward);
+  plan.backward = with_fewer_images(random, plan.backward);
+  plan.each_window = with_fewer_images(random, plan.each_window);
+
+  const Memory input(c.element, c.input, in_strides, placement);
+  const Memory grad_output(c.element, c.grad_output, out_strides, placement);
+  const Memory argmax(c.tap_element, c.taps, out_strides, placement);
+  const Memory winners_only(c.tap_element, c.winning_taps, out_strides, placement);
+  const bool with_taps = random.chance(80);
+  // No kernel here has a barrier: one order shows as much as all.
+  kernel_tests::set_context(kernel_tests::describe(p) + ", " + plan.algorithm + " of " +
+                            std::to_string(plan.width));
+  const Memory values(c.element, shape, out_strides, placement);
+  const Memory taps(c.tap_element, shape, out_strides, placement);
+  cuda::max_pool2d_forward(p, plan, input.data(), values.data(), with_taps ? taps.data() : nullptr,
+                           nullptr);
+  expect_holds(values, c.values, "output");
+  if (with_taps) expect_holds(taps, c.taps, "argmax");
+  const Memory grad_input(c.element, c.input.shape, in_strides, placement);
+  cuda::max_pool2d_backward(p, plan, grad_output.data(), winners_only.data(), grad_input.data(),
+                            nullptr);
+  expect_holds(grad_input, c.grad_input, "gradient of the input");
+  const Memory gathered(c.element, shape, out_strides, placement);
+  cuda::max_pool2d_gather(p, plan, input.data(), winners_only.data(), gathered.data(), nullptr);
+  expect_holds(gathered, c.gathered, "gathered values");
+  const Memory indices(Element::int64, shape, out_strides, placement);
+  cuda::max_pool2d_indices(p, plan, argmax.data(), indices.data<int64_t>(), nullptr);
+  expect_holds(indices, c.indices, "indices");
+}
+
+// An argmax that no window has reaches no memory.
+void check_foreign_argmax(Random& random) {
+  const MaxPool2dCase c(random, random_pooling(random));
+  const MaxPool2dProblem& p = c.problem;
+  if (p.outputs() == 0 || p.no_winner() == 255) return;
+  kernel_tests::set_context("foreign argmax: " + kernel_tests::describe(p));
+  Tensor foreign(c.taps.shape), not_a_number(c.taps.shape), none(c.taps.shape);
+  for (double& tap : foreign.values) {
+    tap = p.compact_argmax() ? 255 : random.chance(50) ? -1 : static_cast<double>(1 << 30);
+  }
+  not_a_number.values.assign(foreign.values.size(), std::nan(""));
+  none.values.assign(foreign.values.size(), -1);
+  const cuda::MaxPool2dPlan plan = cuda::plan_max_pool2d(p, 1);
+  const Memory input(c.element, c.input, c.in_strides());
+  const Memory argmax(c.tap_element, foreign, c.out_strides());
+  const Memory grad_output(c.element, c.grad_output, c.out_strides());
+  const Memory grad_input(c.element, c.input.shape, c.in_strides());
+  cuda::max_pool2d_backward(p, plan, grad_output.data(), argmax.data(), grad_input.data(), nullptr);
+  expect_holds(grad_input, Tensor(c.input.shape), "gradient of the input");
+  const Memory gathered(c.element, c.taps.shape, c.out_strides());
+  cuda::max_pool2d_gather(p, plan, input.data(), argmax.data(), gathered.data(), nullptr);
+  expect_holds(gathered, not_a_number, "gathered values");
+  const Memory indices(Element::int64, c.taps.shape, c.out_strides());
+  cuda::max_pool2d_indices(p, plan, argmax.data(), indices.data<int64_t>(), nullptr);
+  expect_holds(indices, none, "indices");
+}
+
+// One number in the type in which `dtype` is summed.
+struct DeviceNumber {
+  std::unique_ptr<double> as_double;
+  std::unique_ptr<float> as_float;
+
+  DeviceNumber(DType dtype, double value) {
+    if (dtype == DType::float64) {
+      as_double = std::make_unique<double>(value);
+    } else {
+      as_float = std::make_unique<float>(static_cast<float>(value));
+    }
+  }
+  const void* data() const {
+    return as_double != nullptr ? static_cast<const void*>(as_double.get()) : as_float.get();
+  }
+};
+
+std::vector<int64_t> random_counts(Random& random) {
+  const bool many = random.chance(5);  // more than fit in a launch
+  std::vector<int64_t> counts(
+      static_cast<size_t>(many ? random.between(60, 700) : random.between(0, 6)));
+  const bool large = !many && random.chance(20);  // several chunks
+  for (int64_t& count : counts) {
+    count = random.chance(5) ? 0 : random.between(1, many ? 3 : large ? 9000 : 300);
+  }
+  return counts;
+}
+
+void check_gradient_step(Random& random) {
+  GradientStepCase c(random, random_counts(random));
+  const Element element = kernel_tests::element_of(c.dtype);
+  const bool skips = random.chance(15);
+  cuda::StepScalars scalars;
+  const DeviceNumber lr(c.dtype, c.options.lr);
+  const float grad_scale = static_cast<float>(c.options.grad_scale);
+  const float found_inf = skips ? 1 : 0;
+  if (random.chance(30)) {
+    scalars.lr = lr.data();
+    c.options.lr = std::nan("");
+  }
+  if (c.options.unscale && random.chance(70)) {
+    scalars.grad_scale = &grad_scale;
+    c.options.grad_scale = std::nan("");
+  }
+  if (skips || random.chance(20)) scalars.found_inf = &found_inf;
+  DeviceLimits limits = cuda::architecture_limits(90);
+  limits.multiprocessors = static_cast<int>(random.between(1, 4));
+  kernel_tests::set_context(c.describe() + (skips ? " skipped" : ""));
+
+  const Dims strides = {1, 1, 1, 1};
+  const bool with_buffers = c.options.momentum != 0;
+  std::vector<std::unique_ptr<Memory>> memory;
+  std::vector<StepTensor> list;
+  std::vector<int64_t> counts;
+  for (const kernel_tests::StepTensors& tensors : c.before) {
+    const Memory::Placement placement = random_placement(random, 80);
+    for (const Tensor* const tensor : {&tensors.param, &tensors.grad, &tensors.buffer}) {
+      memory.push_back(std::make_unique<Memory>(
+          element, *tensor, strides, random.chance(90) ? placement : random_placement(random, 50)));
+    }
+    const std::unique_ptr<Memory>* const last = &memory.back();
+    counts.push_back(kernel_tests::element_count(tensors.param.shape));
+    list.push_back({last[-2]->data(), last[-1]->data(), with_buffers ? last[0]->data() : nullptr,
+                    counts.back()});
+  }
+  cuda::gradient_step(c.dtype, cuda::plan_gradient_step(counts, c.dtype, limits), list, c.options,
+                      scalars, nullptr);
+  for (size_t i = 0; i < c.after.size(); ++i) {
+    const kernel_tests::StepTensors& expected = skips ? c.before[i] : c.after[i];
+    Tensor buffer = expected.buffer;
+    if (skips && with_buffers && c.options.first_step) buffer = Tensor(buffer.shape);
+    expect_holds(*memory[3 * i], expected.param, "parameter");
+    expect_holds(*memory[3 * i + 1], expected.grad, "gradient");
+    expect_holds(*memory[3 * i + 2], buffer, "momentum buffer");
+  }
+}
+
+}  // namespace
+}  // namespace cuda_kernel_tests
+
+int main(int argc, char** argv) {
+  using namespace cuda_kernel_tests;
+  if (argc != 3) {
+    std::fprintf(stderr, "usage: %s CASES SEED\n", argv[0]);
+    return 2;
+  }
+  const long cases = std::atol(argv[1]);
+  Random random(std::strtoull(argv[2], nullptr, 10));
+  try {
+    check_architectures();
+    for (long i = 0; i < cases; ++i) {
+      check_step_plan(random);
+      check_pool_plan(random);
+      check_max_pool2d(random);
+      check_foreign_argmax(random);
+      check_gradient_step(random);
+    }
+  } catch (const cuda_emulator::Error& error) {
+    kernel_tests::expect(false, error.what());
+  }
+  return kernel_tests::report();
+}

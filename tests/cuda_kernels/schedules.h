@@ -1,0 +1,33 @@
+// The orders in which the emulator's warps take turns.
+#pragma once
+
+#include <string>
+
+#include "cuda_emulator.h"
+#include "support.h"
+
+namespace cuda_kernel_tests {
+
+// Runs body() under every order. An error of the emulator is a failure.
+template <class Body>
+void for_each_schedule(const std::string& context, Body&& body) {
+  using Order = cuda_emulator::Schedule::Order;
+  const std::pair<const char*, cuda_emulator::Schedule> schedules[] = {
+      {"forward", {Order::forward, 0}},
+      {"reverse", {Order::reverse, 0}},
+      {"shuffled", {Order::shuffled, 1}},
+      {"shuffled again", {Order::shuffled, 2}},
+  };
+  for (const auto& [name, schedule] : schedules) {
+    kernel_tests::set_context(context + ", warps " + name);
+    cuda_emulator::schedule() = schedule;
+    try {
+      body();
+    } catch (const cuda_emulator::Error& error) {
+      kernel_tests::expect(false, error.what());
+    }
+  }
+  cuda_emulator::schedule() = {};
+}
+
+}  // namespace cuda_kernel_tests
