@@ -2,7 +2,8 @@
 
 ``CNNKERNELS_BUILD=0`` leaves the library out; ``CNNKERNELS_BUILD=require`` makes a failed build
 an error. Otherwise a build that cannot be done is reported, its reason is recorded in
-``cnnkernels/_build_info.json``, and the package runs on its PyTorch fallback.
+``cnnkernels/_build_info.json``, and the package runs on its PyTorch fallback. Where torch has CUDA
+the library has CUDA kernels too, if these can be built: ``build_backend/cuda_build.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,11 +24,16 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+# Not every way to build has it on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
+import cuda_build
+
 PACKAGE = "cnnkernels"
 SUPPORTED_TORCH = "torch>=2.11,<2.15"
 BUILD_MODE = os.environ.get("CNNKERNELS_BUILD", "auto").strip().lower()
-# One compiler process on torch's headers takes up to this much.
+# One compiler process on torch's headers, and one of nvcc, takes up to this much.
 BYTES_PER_JOB = 2 << 30
+BYTES_PER_CUDA_JOB = 4 << 30
 
 
 class BuildImpossibleError(Exception):
@@ -72,37 +79,55 @@ def put_ninja_on_path() -> None:
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])
 
 
-def limit_jobs() -> None:
+def free_memory() -> int | None:
+    """Bytes that new processes can have, where that can be told."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        available = re.search(r"^MemAvailable: *(\d+) kB$", text, re.MULTILINE)
+        if available is not None:
+            return int(available[1]) << 10
+    except OSError:
+        pass
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def limit_jobs(bytes_per_job: int) -> None:
     """Bound the number of compilers by cores and memory; torch's default looks at cores alone."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+        jobs = len(os.sched_getaffinity(0))
     else:
-        cores = os.cpu_count() or 1
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        memory = cores * BYTES_PER_JOB
-    os.environ.setdefault("MAX_JOBS", str(max(1, min(cores, memory // BYTES_PER_JOB))))
+        jobs = os.cpu_count() or 1
+    memory = free_memory()
+    if memory is not None:
+        jobs = min(jobs, memory // bytes_per_job)
+    os.environ.setdefault("MAX_JOBS", str(max(1, jobs)))
 
 
-def make_extension(torch: Any) -> Any:
-    """Describe the compiled library ``cnnkernels._C`` to setuptools."""
-    sources = sorted([*Path("csrc/ops").glob("*.cpp"), *Path("csrc/kernels").rglob("*.cpp")])
-    headers = sorted([*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.inl")])
+def make_extension(torch: Any, toolkit: cuda_build.Toolkit | None) -> Any:
+    """Describe the library ``cnnkernels._C`` to setuptools, with CUDA kernels or without."""
+    sources = [*Path("csrc/ops").glob("*.cpp"), *Path("csrc/kernels").rglob("*.cpp")]
+    headers = [path for suffix in ("h", "inl", "cuh") for path in Path("csrc").rglob(f"*.{suffix}")]
     # No -std: torch adds the one that its headers need, and that differs between releases.
     # No -march: the kernels choose their instruction set when they run.
     flags = "-O2 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fvisibility=hidden -g0"
-    compile_args = flags.split()
+    compile_args = {"cxx": flags.split()}
     if torch.backends.openmp.is_available() and sys.platform == "linux":
         # at::parallel_for is a template: compiled without OpenMP it is serial. OpenMP's runtime
         # is not linked, since the one that torch has loaded (under a name of torch's own in some
         # releases) must serve, or there would be two pools of threads.
-        compile_args.append("-fopenmp")
-    return torch.utils.cpp_extension.CppExtension(
+        compile_args["cxx"].append("-fopenmp")
+    extension = torch.utils.cpp_extension.CppExtension
+    if toolkit is not None:
+        extension = torch.utils.cpp_extension.CUDAExtension
+        sources += [*Path("csrc/ops/cuda").glob("*.cpp"), *Path("csrc/kernels").rglob("*.cu")]
+        compile_args["nvcc"] = [*cuda_build.NVCC_FLAGS, "-Xcompiler", "-fvisibility=hidden"]
+    return extension(
         f"{PACKAGE}._C",
-        [path.as_posix() for path in sources],
+        sorted(path.as_posix() for path in sources),
         include_dirs=[str(Path("csrc").resolve())],  # ninja runs in another folder
-        depends=[path.as_posix() for path in headers],
+        depends=sorted(path.as_posix() for path in headers),
         extra_compile_args=compile_args,
     )
 
@@ -112,6 +137,15 @@ def warn(reason: str) -> None:
     print(
         f"warning: {PACKAGE} is installed without its compiled library and runs on PyTorch alone. "
         f"{reason} (CNNKERNELS_BUILD=require makes this an error.)",
+        file=sys.stderr,
+    )
+
+
+def warn_of_no_cuda(reason: str) -> None:
+    """Tell the user of a torch with CUDA that the library will have no kernels for it."""
+    print(
+        f"warning: {PACKAGE} is installed without CUDA kernels and leaves CUDA tensors to torch. "
+        f"{reason} (CNNKERNELS_CUDA=require makes this an error.)",
         file=sys.stderr,
     )
 
@@ -143,6 +177,14 @@ def compiler_version(command: str) -> str:
     return output.splitlines()[0].strip() if output else command
 
 
+def failure(error: Exception) -> str:
+    """Return the reason that a failed build is."""
+    return (
+        f"The build failed ({type(error).__name__}: {error}); its log "
+        "(pip install --verbose) has the compiler's messages."
+    )
+
+
 class BuildPython(build_py):
     """Copies the Python files; records the reason where no library is going to be built."""
 
@@ -171,8 +213,13 @@ class BuildNothing(build_ext):
         warn(self.reason_for_no_library)
 
 
-def make_build_library(torch: Any, compiler: str) -> type[build_ext]:
-    """Return the ``build_ext`` command that compiles with ``torch`` and records how it went."""
+def make_build_library(
+    torch: Any, compiler: str, toolkit: cuda_build.Toolkit | None, no_cuda: str
+) -> type[build_ext]:
+    """Return the ``build_ext`` command that compiles with ``torch`` and records how it went.
+
+    ``no_cuda`` is the reason why there is no toolkit.
+    """
 
     class BuildLibrary(torch.utils.cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
@@ -187,14 +234,11 @@ def make_build_library(torch: Any, compiler: str) -> type[build_ext]:
             source, target = build_py.get_package_dir(PACKAGE), Path(self.build_lib, PACKAGE)
             package_dir = Path(source) if self.inplace else target
             try:
-                super().run()
+                cuda = self.build()
             except Exception as error:  # distutils, ninja and the compiler each have their own
                 if BUILD_MODE == "require":
                     raise
-                reason = (
-                    f"The build failed ({type(error).__name__}: {error}); its log "
-                    "(pip install --verbose) has the compiler's messages."
-                )
+                reason = failure(error)
                 self.extensions: list[Any] = []
                 record_no_library(package_dir, reason)
                 warn(reason)
@@ -205,7 +249,35 @@ def make_build_library(torch: Any, compiler: str) -> type[build_ext]:
                     torch_version=torch.__version__,
                     compiler=compiler_version(compiler),
                     python_version=platform.python_version(),
+                    cuda=cuda,
                 )
+
+        def build(self) -> dict[str, str]:
+            """Build with CUDA kernels where that succeeds; return what became of them."""
+            if toolkit is None:
+                super().run()
+                return {"reason": no_cuda}
+            try:
+                super().run()
+            except Exception as error:
+                if cuda_build.CUDA_MODE == "require":
+                    raise
+                # What nvcc refuses (a newer host compiler, say) costs the CUDA kernels only.
+                reason = failure(error)
+                warn_of_no_cuda(reason)
+                without_cuda = vars(make_extension(torch, None))
+                (extension,) = self.extensions
+                for name in (
+                    "sources",
+                    "include_dirs",
+                    "library_dirs",
+                    "libraries",
+                    "extra_compile_args",
+                ):
+                    setattr(extension, name, without_cuda[name])
+                super().run()
+                return {"reason": reason}
+            return {"release": toolkit.release, "architectures": toolkit.architectures}
 
         def copy_extensions_to_source(self) -> None:
             # A library is never beside a record that speaks of another one, even if the build
@@ -215,6 +287,23 @@ def make_build_library(torch: Any, compiler: str) -> type[build_ext]:
             super().copy_extensions_to_source()
 
     return BuildLibrary
+
+
+def plan_cuda(torch: Any) -> tuple[cuda_build.Toolkit | None, str]:
+    """Return the toolkit to build CUDA kernels with, or None and the reason."""
+    if cuda_build.CUDA_MODE not in ("auto", "0", "1", "require"):
+        raise SystemExit(f"CNNKERNELS_CUDA must be 0, 1 or require, not {cuda_build.CUDA_MODE!r}.")
+    try:
+        toolkit = cuda_build.find_toolkit(torch)
+    except cuda_build.CudaUnavailableError as error:
+        if cuda_build.CUDA_MODE == "require":
+            raise SystemExit(f"error: {PACKAGE}'s CUDA kernels cannot be built. {error}") from error
+        if torch.version.cuda is not None and cuda_build.CUDA_MODE != "0":
+            warn_of_no_cuda(str(error))
+        return None, str(error)
+    # Without it torch asks the devices that this machine happens to have.
+    os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures
+    return toolkit, ""
 
 
 def plan_build() -> dict[str, Any]:
@@ -237,11 +326,15 @@ def plan_build() -> dict[str, Any]:
         }
     os.environ["CXX"] = compiler  # torch and setuptools must use the same one
     put_ninja_on_path()
-    limit_jobs()
+    toolkit, no_cuda = plan_cuda(torch)
+    limit_jobs(BYTES_PER_JOB if toolkit is None else BYTES_PER_CUDA_JOB)
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     return {
-        "cmdclass": {"build_py": BuildPython, "build_ext": make_build_library(torch, compiler)},
-        "ext_modules": [make_extension(torch)],
+        "cmdclass": {
+            "build_py": BuildPython,
+            "build_ext": make_build_library(torch, compiler, toolkit, no_cuda),
+        },
+        "ext_modules": [make_extension(torch, toolkit)],
         # The C++ interface of torch changes from one release line to the next.
         "install_requires": [f"torch>={major}.{minor},<{major}.{minor + 1}"],
     }

@@ -27,10 +27,19 @@ def _rows() -> list[tuple[str, str]]:
         config = _native.library.config()
         available = ", ".join(config["isas"])
         rows.append(("instruction set", f"{config['isa']} (available: {available})"))
+        rows.append(("cuda", _cuda(info.get("cuda", {}))))
         rows.append(("kept memory", f"up to {config['kept_mib']:g} MiB of freed results"))
         rows.extend(("", note) for note in config["notes"])
     rows.append(("threads", str(torch.get_num_threads())))
     return rows
+
+
+def _cuda(info: dict[str, str]) -> str:
+    if "architectures" not in info:
+        return f"no kernels: {info.get('reason', 'the library was built without them')}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    built_for = info["architectures"].replace(";", ", ")
+    return f"kernels for {built_for} (CUDA {info['release']}); device: {device}"
 
 
 def _built(info: dict[str, Any], key: str) -> str:
@@ -41,7 +50,8 @@ def show_config() -> str:
     """What the package runs on, as text: versions, backend, instruction set, threads.
 
     It tells the versions of torch and Python that run and those that the library was built with,
-    the compiler, and the reason if the library did not load.
+    the compiler, the architectures that it has CUDA kernels for, and the reason if it has none or
+    did not load.
     """
     rows = _rows()
     width = max(len(name) for name, _ in rows) + 2

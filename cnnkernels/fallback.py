@@ -358,7 +358,7 @@ def conv2d_relu_max_pool2d_backward(
 def gd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], lr: float | Tensor) -> None:
     """One step of gradient descent in place: ``param -= lr * grad`` for every pair."""
     for param, grad in zip(params, grads, strict=True):
-        param.add_(grad, alpha=-lr)
+        param.add_(grad, alpha=-float(lr))
 
 
 def sgd_step_(
@@ -378,13 +378,10 @@ def sgd_step_(
     """One step of SGD in place, with the arguments of ``torch._fused_sgd_``.
 
     ``momentum_buffers`` is empty when momentum is 0. On the first step the buffers' contents are
-    ignored and overwritten. With grad_scale the gradients are divided by it in place first. With a
-    found_inf other than 0 nothing changes, but that the buffers of a first step become zero.
+    ignored and overwritten. With grad_scale the gradients are divided by it in place first; with a
+    found_inf other than 0 nothing changes at all.
     """
     if found_inf is not None and found_inf.item() != 0:
-        if is_first_step and momentum != 0:
-            for buffer in momentum_buffers:
-                buffer.zero_()
         return
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad_scale is not None:
@@ -399,4 +396,4 @@ def sgd_step_(
             else:
                 buffer.mul_(momentum).add_(update, alpha=1 - dampening)
             update = update.add(buffer, alpha=momentum) if nesterov else buffer
-        param.add_(update, alpha=-lr)
+        param.add_(update, alpha=-float(lr))

@@ -33,12 +33,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from cuda_build import NVCC_FLAGS
+
 INCLUDE = ROOT / "csrc"
 SOURCES = INCLUDE / "kernels" / "cuda"
 BUDGET = Path(__file__).resolve().with_suffix(".ini")
 ARCHITECTURES = ("sm_80", "sm_90a")
 # As setup.py compiles them: another flag is another kernel.
-FLAGS = shlex.split("-std=c++17 -O3 --expt-relaxed-constexpr")
+FLAGS = ("-std=c++17", *NVCC_FLAGS)
 # A multiprocessor allocates registers in groups of this many a thread: fewer change nothing, and
 # the next release of ptxas may well take one more.
 REGISTER_GROUP = 8

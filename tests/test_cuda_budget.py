@@ -232,6 +232,32 @@ def test_a_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
         cuda_budget.measure_folder(toolkit(), tmp_path, tmp_path)
 
 
+# The emulator's own test kernels, of which a GPU's compiler makes what they are to exercise.
+TEST_KERNELS = """
+#include "{folder}/block_sum.cuh"
+#include "{folder}/matrix_product.cuh"
+namespace cuda_kernel_tests {{
+template __global__ void matrix_product_kernel(const float16*, const float16*, float*, int, int, int);
+template __global__ void matrix_product_kernel(const bfloat16*, const bfloat16*, float*, int, int, int);
+}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+def test_instructions_of_tensor_cores(architecture: str, tmp_path: Path) -> None:
+    source = tmp_path / "test_kernels.cu"
+    folder = cuda_budget.ROOT / "tests" / "cuda_kernels"
+    source.write_text(TEST_KERNELS.format(folder=folder), encoding="utf-8")
+    kernels = cuda_budget.measure_source(toolkit(), source, architecture, cuda_budget.INCLUDE)
+    measures = {kernel.name: kernel.measures for kernel in kernels}
+    for name in ("matrix_product_kernel<float16>", "matrix_product_kernel<bfloat16>"):
+        for instructions in ("tensor_products", "matrix_loads", "async_copies", "block_barriers"):
+            assert measures[name][instructions] > 0, f"{name}: no {instructions}"
+        assert measures[name]["spill_bytes"] == 0, name
+    assert measures["matrix_product_tf32_kernel"]["tensor_products"] > 0
+
+
 def test_no_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"no [.]cu file"):
         cuda_budget.measure_folder(Toolkit("nvcc", "nvdisasm", "c++filt"), tmp_path, tmp_path)

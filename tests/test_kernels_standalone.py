@@ -6,20 +6,25 @@ AVX2, the AVX-512 tier's vectors and tiles run too, compiled to AVX2 instruction
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
 import re
 import shlex
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from compiling import (
+    ROOT,
+    SANITIZE,
+    Unit,
+    compile_units,
+    find_compiler,
+    link,
+    run,
+    skip_without_sanitizers,
+)
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
 PROGRAM = ROOT / "tests" / "kernels"
 EXACT_WORKSPACES = PROGRAM / "exact_workspaces.cpp"
@@ -28,11 +33,6 @@ FLAGS = shlex.split("-std=c++17 -DCNNK_EMULATE_AVX512 -Wall -Wextra -Werror -Wno
 # The numbers are independent of optimisation, what the optimiser makes of a mistake is not: the
 # kernels are compiled as they are for the package.
 KERNEL_FLAGS = shlex.split("-O2 -fno-math-errno -fno-trapping-math -ffp-contract=fast")
-# What is left out costs most of the compile time and finds what AddressSanitizer finds.
-SANITIZE = shlex.split(
-    "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined "
-    "-fno-sanitize=null,object-size,pointer-overflow -fno-sanitize-recover=all"
-)
 
 
 @dataclass(frozen=True)
@@ -53,53 +53,21 @@ VARIANTS = {
 }
 
 
-def find_compiler() -> list[str]:
-    """Return the compiler's command, or skip."""
-    command = shlex.split(os.environ.get("CXX", "").strip() or "g++")
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"there is no C++ compiler: {command[0]} was not found")
-    return command
-
-
-def run(command: list[str], timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def skip_without_sanitizers(compiler: list[str], folder: Path) -> None:
-    source = folder / "empty.cpp"
-    source.write_text("int main() { return 0; }\n", encoding="utf-8")
-    program = folder / "empty"
-    linked = run([*compiler, *SANITIZE, str(source), "-o", str(program)])
-    if linked.returncode != 0:
-        pytest.skip(f"{compiler[0]} has no address and undefined-behaviour sanitizers")
-    if run([str(program)]).returncode != 0:
-        pytest.skip("programs with address sanitizer do not start on this machine")
-
-
 def build(compiler: list[str], variant: Variant, folder: Path) -> Path:
-    """Compile each source once, two at a time, and link the program."""
+    """Compile each source once and link the program."""
     sources = [*KERNELS.rglob("*.cpp"), *PROGRAM.glob("*.cpp")]
     sources = [source for source in sources if source not in variant.left_out]
     # The longest first, so that none is left for the end alone.
     sources.sort(key=lambda source: source.parent.name != "cpu")
-    objects = [folder / f"{source.parent.name}-{source.stem}.o" for source in sources]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{PROGRAM}"]
 
-    def compile_source(source: Path, target: Path) -> None:
+    def unit(source: Path) -> Unit:
         of_kernel = source.is_relative_to(KERNELS)
         flags = variant.kernel_flags if of_kernel else variant.program_flags
-        includes = [f"-I{ROOT / 'csrc'}", f"-I{PROGRAM}"]
-        done = run([*compiler, *FLAGS, *flags, *includes, "-c", str(source), "-o", str(target)])
-        assert done.returncode == 0, f"{source} does not compile:\n{done.stderr}"
+        return Unit(source, [*FLAGS, *flags, *includes])
 
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as jobs:
-        for _ in jobs.map(compile_source, sources, objects):
-            pass
-    program = folder / "kernels"
-    linked = run(
-        [*compiler, *FLAGS, *variant.program_flags, *map(str, objects), "-o", str(program)]
-    )
-    assert linked.returncode == 0, linked.stderr
-    return program
+    objects = compile_units(compiler, map(unit, sources), folder)
+    return link(compiler, [*FLAGS, *variant.program_flags], objects, folder / "kernels")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -124,13 +124,14 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
   return arguments;
 }
 
+bool& has_cuda_kernels() {
+  static bool has = false;
+  return has;
+}
+
 std::string not_native(const at::Tensor& tensor, Devices devices) {
-#ifdef CNNK_WITH_CUDA
-  const bool on_cuda = devices == Devices::cpu_and_cuda && tensor.device().is_cuda();
-#else
-  static_cast<void>(devices);
-  constexpr bool on_cuda = false;
-#endif
+  const bool on_cuda =
+      devices == Devices::cpu_and_cuda && tensor.device().is_cuda() && has_cuda_kernels();
   if (!tensor.device().is_cpu() && !on_cuda) return "device " + tensor.device().str();
   if (tensor.layout() != at::kStrided) return "layout is not strided";
   if (tensor.is_conj() || tensor.is_neg()) return "conjugated or negated view";

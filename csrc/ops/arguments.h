@@ -48,6 +48,9 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
 // Where an operator has kernels: poolings and steps also on CUDA, in a library built with it.
 enum class Devices { cpu, cpu_and_cuda };
 
+// Whether this library is. What is linked into it for CUDA says so when it is loaded.
+bool& has_cuda_kernels();
+
 // Why the native kernels do not take a tensor; empty if they do.
 std::string not_native(const at::Tensor& tensor, Devices devices = Devices::cpu);
 

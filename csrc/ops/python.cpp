@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -439,7 +440,9 @@ bool sgd_step_group(const py::dict& group_dict, const py::object& state, py::han
       if (buffer.is_none()) {
         lists = &first;
         first_states.push_back(of_param);
-        first.buffers.push_back(at::empty_like(tensors.grads[i]));
+        // A step that the device skips leaves its buffers as they are.
+        first.buffers.push_back(overflow.has_value() ? at::zeros_like(tensors.grads[i])
+                                                     : at::empty_like(tensors.grads[i]));
       } else {
         later.buffers.push_back(tensor_argument(op, "momentum_buffers", buffer));
       }
@@ -474,11 +477,7 @@ py::dict config() {
   py::dict result;
   result["isa"] = isa_name(active_isa());
   result["isas"] = isas;
-#ifdef CNNK_WITH_CUDA
-  result["cuda"] = true;
-#else
-  result["cuda"] = false;
-#endif
+  result["cuda"] = has_cuda_kernels();
   result["kept_mib"] = result_memory().mebibytes;
   py::list notes;  // on environment variables that do not hold
   for (const std::string& note : {std::string(active_isa_note()), result_memory().note}) {

@@ -89,11 +89,4 @@ void composed_step(const at::Tensor& param, const at::Tensor& grad, const at::Te
   param.add_(direction, -options.lr);
 }
 
-void zero_buffers(at::TensorList momentum_buffers) {
-  for (const at::Tensor& buffer : momentum_buffers) {
-    bump_version(buffer.unsafeGetTensorImpl());
-    buffer.zero_();
-  }
-}
-
 }  // namespace cnnkernels

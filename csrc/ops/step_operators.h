@@ -49,9 +49,6 @@ void bump_version(c10::TensorImpl* tensor);
 void composed_step(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* buffer,
                    const StepOptions& options);
 
-// Momentum buffers of a first step that is skipped: at rest.
-void zero_buffers(at::TensorList momentum_buffers);
-
 template <class Lists>
 class StepOperators {
  public:
@@ -76,10 +73,7 @@ class StepOperators {
       call.grad_scale.reset();
     }
     if (has_value(call.found_inf) && !Lists::takes(*call.found_inf)) {
-      if (call.skips()) {
-        if (with_buffers && call.options.first_step) zero_buffers(momentum_buffers);
-        return;
-      }
+      if (call.skips()) return;
       call.found_inf.reset();
     }
     Lists lists(call);
@@ -95,15 +89,11 @@ class StepOperators {
 
   static void step_composed(const StepCall& call, at::TensorList params, at::TensorList grads,
                             at::TensorList momentum_buffers, const std::vector<size_t>& which) {
-    const bool skips = call.skips();
+    if (call.skips()) return;
     const StepOptions options = call.on_host();
     for (const size_t i : which) {
-      const at::Tensor* const buffer = options.momentum != 0 ? &momentum_buffers[i] : nullptr;
-      if (skips) {
-        if (buffer != nullptr && options.first_step) zero_buffers(*buffer);
-      } else {
-        composed_step(params[i], grads[i], buffer, options);
-      }
+      composed_step(params[i], grads[i], options.momentum != 0 ? &momentum_buffers[i] : nullptr,
+                    options);
     }
   }
 

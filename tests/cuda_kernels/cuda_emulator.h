@@ -18,6 +18,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -507,7 +508,7 @@ inline void Block::run(dim3 index_) {
   }
 }
 
-// Runs kernel() as every thread of the grid.
+// Runs kernel() as every thread of the grid. Launches of several threads take turns.
 inline void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, const void*,
                    const std::function<void()>& kernel) {
   const bool fits = grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 &&
@@ -518,6 +519,8 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, const void
                 std::to_string(dynamic_shared_bytes) +
                 " bytes of shared memory cannot be launched");
   }
+  static std::mutex device;
+  const std::lock_guard lock(device);
   Block block(grid, size, dynamic_shared_bytes, kernel);
   struct Current {
     explicit Current(Block* running) { current_block() = running; }

@@ -299,17 +299,21 @@ void check_tf32() {
 
 int main() {
   using namespace cuda_kernel_tests;
-  check_indices();
-  check_shuffles();
-  check_barriers();
-  check_shared_memory();
-  check_accesses();
-  check_asynchronous_copies();
-  check_tf32();
-  Random random(1);
-  for (int i = 0; i < 5; ++i) {
-    check_row_sums(random);
-    check_products(random);
+  try {
+    check_indices();
+    check_shuffles();
+    check_barriers();
+    check_shared_memory();
+    check_accesses();
+    check_asynchronous_copies();
+    check_tf32();
+    Random random(1);
+    for (int i = 0; i < 5; ++i) {
+      check_row_sums(random);
+      check_products(random);
+    }
+  } catch (const cuda_emulator::Error& error) {
+    expect(false, error.what());
   }
   return kernel_tests::report();
 }

@@ -127,14 +127,7 @@ __global__ void __launch_bounds__(kStepThreads)
   if constexpr (kMomentum != Momentum::none) {
     momentum_buffer = static_cast<T*>(list.momentum_buffer[tensor]) + begin;
   }
-  if (rule.found_inf != nullptr && *rule.found_inf != 0) {
-    if constexpr (kMomentum == Momentum::first) {
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += kStepThreads) {
-        momentum_buffer[i] = from_accumulator<T>(A{0});
-      }
-    }
-    return;
-  }
+  if (rule.found_inf != nullptr && *rule.found_inf != 0) return;
   const A lr = rule.device_lr != nullptr ? *rule.device_lr : rule.lr;
   const A grad_scale =
       rule.device_grad_scale != nullptr ? static_cast<A>(*rule.device_grad_scale) : rule.grad_scale;

@@ -39,8 +39,7 @@ constexpr int kFewStepTensors = 64;
 GradientStepPlan plan_gradient_step(const std::vector<int64_t>& counts, DType dtype,
                                     const DeviceLimits& limits);
 
-// Semantics and arithmetic are gradient_step's on the CPU, with one more case: where found_inf
-// skips a first step, its momentum buffers become zero. Returns the first launch's error, if any.
+// Semantics and arithmetic are gradient_step's on the CPU. Returns the first launch's error, if any.
 Error gradient_step(DType dtype, const GradientStepPlan& plan,
                     const std::vector<StepTensor>& tensors, const StepOptions& options,
                     const StepScalars& scalars, Stream stream);

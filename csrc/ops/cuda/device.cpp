@@ -4,7 +4,14 @@
 #include <array>
 #include <mutex>
 
+#include "ops/arguments.h"
+
 namespace cnnkernels::cuda {
+namespace {
+
+[[maybe_unused]] const bool is_linked = has_cuda_kernels() = true;
+
+}  // namespace
 
 const DeviceLimits& limits_of(const at::Tensor& tensor) {
   constexpr size_t kMostDevices = 128;  // torch's own limit

@@ -1,9 +1,8 @@
 // Which kernel pools a problem, and in what grid.
-#include "kernels/cuda/max_pool2d.h"
-
 #include <algorithm>
 #include <limits>
 
+#include "kernels/cuda/max_pool2d.h"
 #include "kernels/cuda/max_pool2d_kernels.h"
 
 namespace cnnkernels::cuda {
@@ -109,19 +108,6 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& p, int64_t alignment) {
   plan.forward = make_grid(image_count, outputs, channels / plan.width);
   plan.backward = make_grid(image_count, p.in_height * p.in_width, channels / plan.width);
   return plan;
-}
-
-Error max_pool2d_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
-                         const void* input, void* output, void* argmax, Stream stream) {
-  const auto pool = plan.kind == PoolAlgorithm::strips ? strips_forward : windows_forward;
-  return pool(problem, plan, input, output, argmax, stream);
-}
-
-Error max_pool2d_backward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
-                          const void* grad_output, const void* argmax, void* grad_input,
-                          Stream stream) {
-  const auto gather = plan.kind == PoolAlgorithm::strips ? strips_backward : windows_backward;
-  return gather(problem, plan, grad_output, argmax, grad_input, stream);
 }
 
 }  // namespace cnnkernels::cuda

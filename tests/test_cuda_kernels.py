@@ -1,0 +1,240 @@
+"""The CUDA kernels without a GPU: compiled by a host compiler, and run by an emulator.
+
+``tests/cuda_kernels`` holds the emulator (docs/cuda-emulator.md), its own tests, and the program
+that compares every kernel with naive loops. What the emulator must find is put into kernels on
+purpose here, one mistake at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from compiling import (
+    ROOT,
+    SANITIZE,
+    Unit,
+    compile_units,
+    find_compiler,
+    link,
+    run,
+    skip_without_sanitizers,
+)
+
+pytestmark = pytest.mark.slow
+
+KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+PROGRAM = ROOT / "tests" / "cuda_kernels"
+CASES = ROOT / "tests" / "kernels"
+INCLUDES = [f"-I{folder}" for folder in (ROOT / "csrc", CASES, PROGRAM)]
+FLAGS = shlex.split("-std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread")
+SUPPORT = CASES / "support.cpp"
+EMULATOR_TESTS = PROGRAM / "emulator_tests.cpp"
+KERNEL_TESTS = [
+    *sorted(KERNELS.glob("*.cu")),
+    *sorted(KERNELS.glob("*.cpp")),
+    *(CASES / f"{name}.cpp" for name in ("cases", "problems", "reference")),
+    PROGRAM / "kernel_tests.cpp",
+    PROGRAM / "plan_tests.cpp",
+]
+BUILDS = {"plain": (["-O1"], 400), "sanitized": (SANITIZE, 100)}
+
+
+@dataclass
+class Programs:
+    """Both programs in one build, and the objects to link them of."""
+
+    compiler: list[str]
+    folder: Path
+    flags: list[str]
+    cases: int
+    objects: dict[Path, Path]
+
+    @classmethod
+    def build(cls, name: str, folder: Path) -> Programs:
+        """Compile and link both."""
+        compiler = find_compiler()
+        if name == "sanitized":
+            skip_without_sanitizers(compiler, folder)
+        flags, cases = BUILDS[name]
+        sources = [SUPPORT, EMULATOR_TESTS, *KERNEL_TESTS]
+        units = [Unit(source, [*FLAGS, *flags, *INCLUDES]) for source in sources]
+        objects = dict(zip(sources, compile_units(compiler, units, folder), strict=True))
+        return cls(compiler, folder, flags, cases, objects)
+
+    def link(self, sources: list[Path], name: str, replaced: dict[Path, Path]) -> Path:
+        """Link the objects of some sources, of which some are replaced."""
+        objects = [replaced.get(source, self.objects[source]) for source in [SUPPORT, *sources]]
+        return link(self.compiler, [*FLAGS, *self.flags], objects, self.folder / name)
+
+    def emulator_tests(self, name: str, replaced: Path | None = None) -> list[str]:
+        """The command that tests the emulator."""
+        replacements = {} if replaced is None else {EMULATOR_TESTS: replaced}
+        return [str(self.link([EMULATOR_TESTS], name, replacements))]
+
+    def kernel_tests(
+        self, name: str, cases: int, replaced: dict[Path, Path] | None = None
+    ) -> list[str]:
+        """The command that tests the kernels."""
+        return [str(self.link(KERNEL_TESTS, name, replaced or {})), str(cases), "1"]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Programs]:
+    """What was built so far, by name."""
+    return {}
+
+
+@pytest.fixture
+def build(
+    request: pytest.FixtureRequest,
+    programs: dict[str, Programs],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Programs:
+    """The build that the test is for."""
+    name = request.param
+    if name not in programs:
+        programs[name] = Programs.build(name, tmp_path_factory.mktemp(name))
+    return programs[name]
+
+
+def check_passes(command: list[str], least_checks: int) -> None:
+    done = run(command)
+    report = f"{done.stdout[-10_000:]}\n{done.stderr[-10_000:]}"
+    assert done.returncode == 0, report
+    counted = re.search(r"^checks: (\d+)$", done.stdout, re.MULTILINE)
+    assert counted is not None, report
+    assert int(counted.group(1)) > least_checks, report
+
+
+@pytest.mark.parametrize("build", BUILDS, indirect=True)
+def test_the_emulator(build: Programs) -> None:
+    check_passes(build.emulator_tests("emulator_tests"), 1000)
+
+
+@pytest.mark.parametrize("build", BUILDS, indirect=True)
+def test_kernels_match_naive_loops(build: Programs) -> None:
+    check_passes(build.kernel_tests("kernel_tests", build.cases), 20 * build.cases)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A change of one line of a file that must turn the tests red, in the build that sees it."""
+
+    name: str
+    file: Path
+    line: str  # the first that is like it; the last, counting from the end, where `nth` is negative
+    instead: str
+    nth: int = 0
+    build: str = "plain"
+
+    def text(self) -> str:
+        """The file with the mistake in it."""
+        parts = self.file.read_text(encoding="utf-8").split(self.line)
+        assert len(parts) > 1, f"{self.file.name} has no {self.line!r}"
+        at = self.nth % (len(parts) - 1) + 1
+        return self.line.join(parts[:at]) + self.instead + self.line.join(parts[at:])
+
+
+STEP = KERNELS / "gradient_step.cu"
+STRIPS = KERNELS / "max_pool2d_strips.cu"
+WINDOWS = KERNELS / "max_pool2d_windows.cu"
+SUM = PROGRAM / "block_sum.cuh"
+PRODUCT = PROGRAM / "matrix_product.cuh"
+WINNER = KERNELS / "max_pool2d_device.cuh"
+
+MISTAKES = [
+    Mistake("step: stores past the end", STEP, "if (i >= end) break;", "", nth=1,
+            build="sanitized"),
+    Mistake("step: loads past the end", STEP, "if (i >= end) break;", "", build="sanitized"),
+    Mistake("step: vectors anywhere", STEP, "addresses % kVectorBytes == 0", "true"),
+    Mistake("step: another tensor's chunk", STEP, "[middle] <= block", "[middle] < block"),
+    Mistake("step: the last chunk is whole", STEP, "left < list.chunk ? left : list.chunk",
+            "list.chunk", build="sanitized"),
+    Mistake("strips: rows past the end", STRIPS, "if (y >= g.out_height) return;", "",
+            build="sanitized"),
+    Mistake("strips: rows below the image", STRIPS, "row < 0 || row >= g.in_height", "row < 0"),
+    Mistake("strips: columns left of it", STRIPS, "halo_column >= 0 && ", ""),
+    Mistake("strips: columns right of it", STRIPS, " && halo_column < g.in_width", ""),
+    Mistake("strips: gradients past the end", STRIPS, "if (row >= g.in_height) break;", "",
+            build="sanitized"),
+    Mistake("strips: windows past the last", STRIPS, "y < 0 || y >= g.out_height", "y < 0"),
+    Mistake("windows: pixels past the last", WINDOWS,
+            "position.pixel >= g.out_height * g.out_width || ", "", build="sanitized"),
+    Mistake("windows: taps past the image", WINDOWS, "end < kernel ? end : kernel", "kernel"),
+    Mistake("windows: over no window", WINDOWS, "end < windows ? end : windows", "end"),
+    Mistake("windows: images only once", WINDOWS, "image += position.image_step",
+            "image += g.images"),
+    Mistake("gather: any tap", WINDOWS, "tap < 0 || tap >= g.kernel_height * g.kernel_width",
+            "false"),
+    Mistake("winners: the last of equals", WINNER, "other > value", "other >= value"),
+    Mistake("winners: no NaN", WINNER, " || other != other", ""),
+    Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),
+    Mistake("sum: no barrier before writing", SUM, "__syncthreads();", "", nth=-1),
+    Mistake("sum: a lane is left out", SUM, "(kAllLanes, value", "(kAllLanes >> 1, value"),
+    Mistake("product: no wait", PRODUCT, "cp_async_wait<kStages - 2>();", ""),
+    Mistake("product: waits for too few", PRODUCT, "cp_async_wait<kStages - 2>();",
+            "cp_async_wait<kStages - 1>();"),
+    Mistake("product: no barrier", PRODUCT, "__syncthreads();", ""),
+    Mistake("product: loads past the end", PRODUCT, "row0 + row < m && ", "", build="sanitized"),
+    Mistake("product: stores past the end", PRODUCT, "if (row < m && column < n)",
+            "if (column < n)", build="sanitized"),
+]  # fmt: skip
+
+
+def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
+    """The source that holds, or includes, a mistake."""
+    folder.mkdir()
+    own = folder / mistake.file.name
+    own.write_text(mistake.text(), encoding="utf-8")
+    includes = INCLUDES
+    source = own
+    if mistake.file in (SUM, PRODUCT):
+        # The file beside the source is found first, so that the source comes along.
+        source = folder / EMULATOR_TESTS.name
+        source.write_text(EMULATOR_TESTS.read_text(encoding="utf-8"), encoding="utf-8")
+    elif mistake.file == WINNER:
+        source = WINDOWS
+        nested = folder / "kernels" / "cuda"
+        nested.mkdir(parents=True)
+        own.rename(nested / own.name)
+        includes = [f"-I{folder}", *INCLUDES]
+    return Unit(source, [*FLAGS, "-w", *flags, *includes], name=folder.name)
+
+
+@pytest.fixture(scope="module")
+def mistaken(
+    programs: dict[str, Programs], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The object of each mistake, by name."""
+    compiler = find_compiler()
+    folder = tmp_path_factory.mktemp("mistakes")
+    units = [
+        mistaken_unit(mistake, folder / f"mistake{i}", BUILDS[mistake.build][0])
+        for i, mistake in enumerate(MISTAKES)
+    ]
+    objects = compile_units(compiler, units, folder)
+    return {mistake.name: made for mistake, made in zip(MISTAKES, objects, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("build", "mistake"),
+    [pytest.param(m.build, m, id=m.name) for m in MISTAKES],
+    indirect=["build"],
+)
+def test_mistakes_are_found(build: Programs, mistake: Mistake, mistaken: dict[str, Path]) -> None:
+    made = mistaken[mistake.name]
+    if mistake.file in (SUM, PRODUCT):
+        command = build.emulator_tests(made.stem, made)
+    else:
+        source = WINDOWS if mistake.file == WINNER else mistake.file
+        command = build.kernel_tests(made.stem, 100, {source: made})
+    done = run(command)
+    assert done.returncode != 0, f"nothing sees it:\n{done.stdout}"
+    # It is the checks that see it, or a sanitizer, and not the system that ends the program.
+    assert re.search(r"^failures: [1-9]", done.stdout, re.MULTILINE) or (
+        "AddressSanitizer" in done.stderr
+    ), f"exit status {done.returncode}:\n{done.stdout}\n{done.stderr}"
