@@ -23,9 +23,9 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' '
 INSTALL_STAMP := $(VENV)/.installed
 CONSTRAINT := $(VENV)/torch-constraint.txt
 
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
-CXX_TEST_FILES := $(wildcard tests/kernels/*.h tests/kernels/*.cpp)
-BUILD_FILES := $(CXX_FILES) setup.py pyproject.toml build_backend/backend.py
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*')
+CXX_TEST_FILES := $(foreach kind,h cpp cuh,$(wildcard tests/kernels/*.$(kind) tests/cuda_kernels/*.$(kind)))
+BUILD_FILES := $(CXX_FILES) setup.py pyproject.toml $(wildcard build_backend/*.py)
 
 .PHONY: help demo test gpu lint format build wheel clean
 

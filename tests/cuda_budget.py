@@ -32,10 +32,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "build_backend"))
+# Both the script and the tests that import it find what the build knows.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "build_backend"))
 from cuda_build import NVCC_FLAGS
 
+ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = ROOT / "csrc"
 SOURCES = INCLUDE / "kernels" / "cuda"
 BUDGET = Path(__file__).resolve().with_suffix(".ini")

@@ -237,8 +237,10 @@ TEST_KERNELS = """
 #include "{folder}/block_sum.cuh"
 #include "{folder}/matrix_product.cuh"
 namespace cuda_kernel_tests {{
-template __global__ void matrix_product_kernel(const float16*, const float16*, float*, int, int, int);
-template __global__ void matrix_product_kernel(const bfloat16*, const bfloat16*, float*, int, int, int);
+template <class T>
+using Product = void (*)(const T*, const T*, float*, int, int, int);
+Product<float16> of_float16() {{ return matrix_product_kernel<float16>; }}
+Product<bfloat16> of_bfloat16() {{ return matrix_product_kernel<bfloat16>; }}
 }}
 """
 

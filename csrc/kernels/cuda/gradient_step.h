@@ -39,7 +39,7 @@ constexpr int kFewStepTensors = 64;
 GradientStepPlan plan_gradient_step(const std::vector<int64_t>& counts, DType dtype,
                                     const DeviceLimits& limits);
 
-// Semantics and arithmetic are gradient_step's on the CPU. Returns the first launch's error, if any.
+// Semantics and arithmetic are gradient_step's on the CPU. Returns the first error of a launch.
 Error gradient_step(DType dtype, const GradientStepPlan& plan,
                     const std::vector<StepTensor>& tensors, const StepOptions& options,
                     const StepScalars& scalars, Stream stream);
