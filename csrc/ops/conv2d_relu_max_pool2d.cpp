@@ -1,7 +1,6 @@
 // The fused block as one operator, and its backward through the winners. Its
 // derivatives: autograd.cpp.
 #include <ATen/ops/conv2d.h>
-#include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/relu.h>
 #include <torch/library.h>
 
@@ -83,7 +82,7 @@ at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
   const at::Tensor convolved =
       at::conv2d(input, weight, bias, arguments.conv.stride, arguments.conv.padding,
                  arguments.conv.dilation, arguments.conv.groups);
-  return at::max_pool2d(at::relu(convolved), arguments.pool.kernel_size, arguments.pool.stride,
+  return ops::max_pool2d(at::relu(convolved), arguments.pool.kernel_size, arguments.pool.stride,
                         arguments.pool.padding, arguments.pool.dilation, arguments.pool.ceil_mode);
 }
 
