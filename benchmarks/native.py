@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 import cnnkernels
+from cnnkernels import _native
 
 
 def kernel_calls() -> dict[str, int]:
@@ -21,9 +22,12 @@ def instruction_set() -> str:
 
 
 def cuda_config() -> str:
-    """What the native library says of its CUDA kernels; "" where it has none."""
+    """The CUDA release and the architectures of the native library's kernels; "" without any."""
     library = _library()
-    return "" if library is None else str(library.config().get("cuda") or "")
+    if library is None or not library.config()["cuda"]:
+        return ""
+    built = _native.build_info["cuda"]
+    return f"{built['release']}, for {built['architectures'].replace(';', ', ')}"
 
 
 def _library() -> ModuleType | None:

@@ -125,7 +125,9 @@ class SGD(torch.optim.SGD):
     groups that mix dtypes. ``foreach`` and ``fused`` are accepted and matter only there (and
     ``fused=True`` lets a GradScaler leave unscaling to the step, as with torch). On CUDA a learning
     rate that is a tensor there is read by the kernel, so that a step in a CUDA graph takes the
-    value it has at each replay.
+    value it has at each replay. Where a :class:`torch.amp.GradScaler` with ``fused=True`` skips the
+    first step there, nothing waits to see it: the momentum buffers are made, of zeros, and with
+    ``dampening`` the first step that is taken counts as a later one.
     """
 
     @_observable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -62,7 +63,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fills new tensors and the kernels' workspaces with NaN, so that a gap is seen."""
+    """Fills new tensors and the kernels' workspaces with NaN, so that a gap is seen.
+
+    ``CNNKERNELS_TEST_POISON=0`` leaves them as they are, for tools that watch memory themselves.
+    """
+    if os.environ.get("CNNKERNELS_TEST_POISON") == "0":
+        yield
+        return
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     if _native.library is not None:

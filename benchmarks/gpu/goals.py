@@ -45,6 +45,11 @@ def _optimizer_of(parameters: int) -> Callable[[Row], bool]:
     return lambda row: row.suite == optimizer.SUITE and row.name in names
 
 
+def _with_momentum(chosen: Callable[[Row], bool]) -> Callable[[Row], bool]:
+    """Without it torch's default is one pass over the same bytes: nothing is twice as fast."""
+    return lambda row: chosen(row) and row.mode.endswith(optimizer.MOMENTUM_RULE)
+
+
 def _pooling(mode: str) -> Callable[[Row], bool]:
     return lambda row: row.suite == max_pool2d.SUITE and row.mode == mode
 
@@ -65,9 +70,9 @@ def _share(row: Row) -> float | None:
 GOALS = (
     Goal("optimizer, 25M: share of copy bandwidth", 0.85, _optimizer_of(25 * _MILLION), _share),
     Goal(
-        "optimizer, 25M: against torch's default (foreach)",
+        "optimizer with momentum, 25M: against torch's default (foreach)",
         2.0,
-        _optimizer_of(25 * _MILLION),
+        _with_momentum(_optimizer_of(25 * _MILLION)),
         _ratio("foreach"),
     ),
     Goal("optimizer, 25M: against fused=True", 1.0, _optimizer_of(25 * _MILLION), _ratio("fused")),

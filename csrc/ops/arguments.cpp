@@ -124,15 +124,19 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
   return arguments;
 }
 
-bool& has_cuda_kernels() {
-  static bool has = false;
-  return has;
+CudaDeviceReason& cuda_device_reason() {
+  static CudaDeviceReason reason = nullptr;
+  return reason;
 }
 
 std::string not_native(const at::Tensor& tensor, Devices devices) {
-  const bool on_cuda =
-      devices == Devices::cpu_and_cuda && tensor.device().is_cuda() && has_cuda_kernels();
-  if (!tensor.device().is_cpu() && !on_cuda) return "device " + tensor.device().str();
+  const at::Device device = tensor.device();
+  if (devices == Devices::cpu_and_cuda && device.is_cuda() && cuda_device_reason() != nullptr) {
+    const std::string& reason = cuda_device_reason()(device);
+    if (!reason.empty()) return reason;
+  } else if (!device.is_cpu()) {
+    return "device " + device.str();
+  }
   if (tensor.layout() != at::kStrided) return "layout is not strided";
   if (tensor.is_conj() || tensor.is_neg()) return "conjugated or negated view";
   switch (tensor.scalar_type()) {

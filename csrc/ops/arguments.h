@@ -48,8 +48,10 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
 // Where an operator has kernels: poolings and steps also on CUDA, in a library built with it.
 enum class Devices { cpu, cpu_and_cuda };
 
-// Whether this library is. What is linked into it for CUDA says so when it is loaded.
-bool& has_cuda_kernels();
+// Why the kernels do not run on a CUDA device, empty if they do. Null in a library without them: what
+// is linked into it for CUDA sets this when it is loaded.
+using CudaDeviceReason = const std::string& (*)(const at::Device&);
+CudaDeviceReason& cuda_device_reason();
 
 // Why the native kernels do not take a tensor; empty if they do.
 std::string not_native(const at::Tensor& tensor, Devices devices = Devices::cpu);

@@ -83,7 +83,7 @@ at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
       at::conv2d(input, weight, bias, arguments.conv.stride, arguments.conv.padding,
                  arguments.conv.dilation, arguments.conv.groups);
   return ops::max_pool2d(at::relu(convolved), arguments.pool.kernel_size, arguments.pool.stride,
-                        arguments.pool.padding, arguments.pool.dilation, arguments.pool.ceil_mode);
+                         arguments.pool.padding, arguments.pool.dilation, arguments.pool.ceil_mode);
 }
 
 std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,

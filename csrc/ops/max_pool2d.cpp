@@ -52,6 +52,7 @@ at::Tensor max_pool2d_gather(const at::Tensor& input, const at::Tensor& argmax,
 namespace {
 
 struct Cpu {
+  static std::string not_native(const MaxPool2dProblem&) { return ""; }
   static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format,
                           const at::Tensor&) {
     return empty_cpu(size, dtype, format);

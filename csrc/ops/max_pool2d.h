@@ -7,6 +7,7 @@
 //   backward(problem, grad_output, argmax, grad_input)
 //   gather(problem, input, argmax, values)
 //   indices(problem, argmax, indices)
+//   not_native(problem)                             why no kernel takes it, or ""
 #pragma once
 
 #include <ATen/core/DimVector.h>
@@ -148,6 +149,9 @@ class MaxPool2dOperators {
                 ": grad_output must have the output's size ", at::IntArrayRef(output_size),
                 ", but got grad_output of size ", gradient.sizes());
     check_argmax(op, argmax, grad_output, problem);
+    const std::string too_large = Device::not_native(problem);
+    TORCH_CHECK(too_large.empty(), op, ": no native kernel for input_size ", at::IntArrayRef(size),
+                ": ", too_large);
     const at::MemoryFormat format = memory_format(layout);
     const at::Tensor gradient_values = gradient.contiguous(format);
     const at::Tensor argmax_values = batched(argmax).contiguous(format);

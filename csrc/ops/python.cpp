@@ -217,12 +217,24 @@ class Group {
 
   double lr() const { return number_argument(get_lr()); }
 
-  // The learning rate where it is a tensor on another device, and there it may stay.
+  // The learning rate where it is a tensor that may stay where it is, on the parameters' device.
   std::optional<at::Tensor> device_lr() const {
     const py::handle value = get_lr();
     if (PyFloat_CheckExact(value.ptr()) || !THPVariable_Check(value.ptr())) return std::nullopt;
     const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
-    return tensor.is_cpu() ? std::nullopt : std::make_optional(tensor);
+    return is_elsewhere(tensor) ? std::make_optional(tensor) : std::nullopt;
+  }
+
+  // Whether a number is on a device on which there are parameters too, other than the CPU.
+  bool is_elsewhere(const at::Tensor& number) const {
+    if (number.is_cpu()) return false;
+    for (const py::handle param : params()) {
+      if (THPVariable_Check(param.ptr()) &&
+          THPVariable_Unpack(param.ptr()).device() == number.device()) {
+        return true;
+      }
+    }
+    return false;
   }
 
   // All but the learning rate.
@@ -412,15 +424,19 @@ bool sgd_step_group(const py::dict& group_dict, const py::object& state, py::han
   const Group group(group_dict);
   const py::list params = group.params();
   const std::optional<at::Tensor> scale = optional_tensor(op, "grad_scale", grad_scale);
-  const std::optional<at::Tensor> overflow = optional_tensor(op, "found_inf", found_inf);
+  std::optional<at::Tensor> overflow = optional_tensor(op, "found_inf", found_inf);
   const std::optional<at::Tensor> device_lr = group.device_lr();
   StepOptions options = group.sgd_options();
   if (!device_lr.has_value()) options.lr = group.lr();
-  const auto elsewhere = [](const std::optional<at::Tensor>& number) {
-    return number.has_value() && !number->is_cpu();
+  const auto elsewhere = [&](const std::optional<at::Tensor>& number) {
+    return number.has_value() && group.is_elsewhere(*number);
   };
-  // What is on another device stays there.
-  if (!elsewhere(device_lr) && !elsewhere(scale) && !elsewhere(overflow)) {
+  if (overflow.has_value() && !elsewhere(overflow)) {
+    if (overflow->item<double>() != 0) return true;
+    overflow.reset();
+  }
+  // What is on the parameters' device stays there.
+  if (!device_lr.has_value() && !elsewhere(scale) && !overflow.has_value()) {
     options.unscale = scale.has_value();
     if (options.unscale) options.grad_scale = scale->item<double>();
     if (ordinary_step(params, state, options, kernel_calls().sgd_step)) return true;
@@ -432,9 +448,14 @@ bool sgd_step_group(const py::dict& group_dict, const py::object& state, py::han
   } first, later;
   std::vector<py::object> first_states;
   const py::handle name = momentum_buffer_name();
+  MomentumBuffers known(state);
   for (size_t i = 0; i < tensors.params.size(); ++i) {
     Lists* lists = &later;
-    if (options.momentum != 0) {
+    const at::Tensor* const found =
+        options.momentum != 0 ? known.of(tensors.keys[i].ptr()) : nullptr;
+    if (found != nullptr) {
+      later.buffers.push_back(*found);
+    } else if (options.momentum != 0) {
       const py::object of_param = state[tensors.keys[i]];
       const py::object buffer = of_param.attr("get")(name);
       if (buffer.is_none()) {
@@ -477,7 +498,7 @@ py::dict config() {
   py::dict result;
   result["isa"] = isa_name(active_isa());
   result["isas"] = isas;
-  result["cuda"] = has_cuda_kernels();
+  result["cuda"] = cuda_device_reason() != nullptr;
   result["kept_mib"] = result_memory().mebibytes;
   py::list notes;  // on environment variables that do not hold
   for (const std::string& note : {std::string(active_isa_note()), result_memory().note}) {

@@ -572,7 +572,9 @@ Result& result_of(Collective* lane) {
   return *static_cast<Result*>(lane->result);
 }
 
-// `source_of` names the lane from which one reads, or one outside of the warp for its own.
+// `source_of(lane, first)` names the lane of the warp from which `lane`, of the group that begins
+// at `first`, reads. Past the end of its group, and where that is negative, a lane keeps its own
+// value.
 template <class T, class SourceOf>
 T shuffle(const char* name, Site site, unsigned mask, T value, int width, SourceOf source_of) {
   struct Operand {
@@ -582,11 +584,10 @@ T shuffle(const char* name, Site site, unsigned mask, T value, int width, Source
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
     block().fail(std::string(name) + " of width " + std::to_string(width));
   }
-  const unsigned lane = block().lane();
-  const unsigned first = lane / static_cast<unsigned>(width) * static_cast<unsigned>(width);
-  const int in_group = source_of(static_cast<int>(lane - first));
-  const unsigned source =
-      in_group >= 0 && in_group < width ? first + static_cast<unsigned>(in_group) : lane;
+  const int lane = static_cast<int>(block().lane());
+  const int first = lane / width * width;
+  const int named = source_of(lane, first);
+  const auto source = static_cast<unsigned>(named >= 0 && named < first + width ? named : lane);
   return collective<T>(name, site, mask, Operand{value, source},
                        [](const Collective::Lanes& lanes) {
                          for (Collective* const to : lanes) {
@@ -627,22 +628,26 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_EMULATOR_SITE) {
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_EMULATOR_SITE) {
   return cuda_emulator::shuffle("__shfl_sync", {file, line}, mask, value, width,
-                                [&](int) { return source & (width - 1); });
+                                [&](int, int first) { return first + (source & (width - 1)); });
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_EMULATOR_SITE) {
   return cuda_emulator::shuffle("__shfl_up_sync", {file, line}, mask, value, width,
-                                [&](int lane) { return lane - static_cast<int>(delta); });
+                                [&](int lane, int first) {
+                                  const int from = lane - static_cast<int>(delta % 32);
+                                  return from >= first ? from : lane;
+                                });
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_EMULATOR_SITE) {
   return cuda_emulator::shuffle("__shfl_down_sync", {file, line}, mask, value, width,
-                                [&](int lane) { return lane + static_cast<int>(delta); });
+                                [&](int lane, int) { return lane + static_cast<int>(delta % 32); });
 }
+// A lane may read from an earlier group, but not from a later one.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_EMULATOR_SITE) {
   return cuda_emulator::shuffle("__shfl_xor_sync", {file, line}, mask, value, width,
-                                [&](int lane) { return lane ^ bits; });
+                                [&](int lane, int) { return lane ^ (bits & 31); });
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_EMULATOR_SITE) {
@@ -707,6 +712,15 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // what is wrong throws
 inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidValue";

@@ -56,6 +56,10 @@ void check_shuffles() {
     expect(__shfl_down_sync(kAllLanes, lane, 3, 16) == (lane % 16 > 12 ? lane : lane + 3),
            "__shfl_down_sync of width 16");
     expect(__shfl_xor_sync(kAllLanes, lane, 17) == (lane ^ 17), "__shfl_xor_sync");
+    expect(__shfl_xor_sync(kAllLanes, lane, 16, 16) == (lane < 16 ? lane : lane - 16),
+           "__shfl_xor_sync reads earlier groups, and no later ones");
+    expect(__shfl_up_sync(kAllLanes, lane, 3, 8) == (lane % 8 < 3 ? lane : lane - 3),
+           "__shfl_up_sync of width 8");
     expect(__shfl_xor_sync(kAllLanes, lane * 1.5, 1) == (lane ^ 1) * 1.5, "a shuffle of doubles");
     if (lane < 8) {
       expect(__shfl_xor_sync(0xffu, lane, 4) == (lane ^ 4), "a shuffle of eight lanes");

@@ -49,9 +49,19 @@ MaxPool2dProblem random_pooling(Random& random) {
     p.in_width = 2 * p.out_width;
     p.in_height = random.between(p.kernel_height, 20);
     p.out_height = (p.in_height + 2 * p.pad_top - p.kernel_height) / 2 + 1;
-  } else if (random.chance(50)) {
-    p.channels = 8 * random.between(1, 5);
+    return p;
   }
+  if (random.chance(30)) {  // at stride 1
+    const int64_t kernel = random.between(2, 5);
+    p.kernel_height = p.kernel_width = kernel;
+    p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+    p.pad_top = p.pad_left = random.between(0, kernel / 2);
+    p.in_height = random.between(kernel, 20);
+    p.in_width = random.between(kernel, 30);
+    p.out_height = p.in_height + 2 * p.pad_top - kernel + 1;
+    p.out_width = p.in_width + 2 * p.pad_left - kernel + 1;
+  }
+  if (random.chance(50)) p.channels = 8 * random.between(1, 5);
   return p;
 }
 

@@ -135,9 +135,9 @@ void check_step_plan(Random& random) {
     next = part.end;
   }
   for (; next < counts.size(); ++next) expect(counts[next] == 0, "what is left out is empty");
-  // Small lists are spread: no block has a second vector a thread while a multiprocessor has none.
+  // Small lists are spread: no thread has more than is under way while a multiprocessor has none.
   if (blocks < limits.multiprocessors && total > 0) {
-    expect(plan.chunk == vector * cuda::kStepThreads, "a small list is spread over the device");
+    expect(plan.chunk == 2 * vector * cuda::kStepThreads, "a small list is spread over the device");
   }
 }
 

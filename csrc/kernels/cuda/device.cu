@@ -2,6 +2,20 @@
 #include "kernels/cuda/launch.cuh"
 
 namespace cnnkernels::cuda {
+namespace {
+
+// What is asked for its machine code: a device has that of all kernels or of none.
+__global__ void probe_kernel() {}
+
+// Of the current device.
+cudaError_t find_kernels() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
+  cudaGetLastError();  // it is told here, and not by the next launch
+  return error;
+}
+
+}  // namespace
 
 const char* error_name(Error error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
 
@@ -25,7 +39,12 @@ Error device_limits(int device, DeviceLimits* limits) {
   }
   limits->compute_capability = 10 * major + minor;
   limits->shared_bytes_per_block = shared_bytes;
-  return kSuccess;
+  int current = device;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = find_kernels();
+  cudaSetDevice(current);
+  return error;
 }
 
 }  // namespace cnnkernels::cuda

@@ -31,7 +31,8 @@ struct DeviceLimits {
 // Compute Capability". An unknown one has what all have.
 DeviceLimits architecture_limits(int compute_capability);
 
-// Reads the limits of a device; a few attribute queries, which do not wait for the device.
+// Reads the limits of a device, without waiting for it; an error where it does not run the kernels
+// of this library, which may be built for other architectures.
 Error device_limits(int device, DeviceLimits* limits);
 
 // How a kernel is launched. Grids are within what every architecture takes.

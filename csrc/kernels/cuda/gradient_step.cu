@@ -16,7 +16,7 @@ namespace {
 enum class Momentum { none, first, later };
 
 // Vectors of a stream that a thread loads before it computes. Two of 16-bit elements would be
-// sixteen of them, and more than the registers of a full multiprocessor hold.
+// sixteen of them, and more than its registers hold.
 template <class T>
 constexpr int kVectorsUnderWay = sizeof(T) == 2 ? 1 : 2;
 
@@ -111,7 +111,7 @@ __device__ inline void step_vectors(T* param, T* grad, T* momentum_buffer, int b
 }
 
 template <class T, Momentum kMomentum, int kTensors>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks)
     gradient_step_kernel(const __grid_constant__ TensorList<kTensors> list,
                          const __grid_constant__ Rule<Accumulator<T>> rule) {
   using A = Accumulator<T>;

@@ -29,6 +29,9 @@ struct GradientStepPlan {
 };
 
 constexpr int kStepThreads = 256;
+// Blocks that a multiprocessor runs at once, of those that its threads allow: with 64 registers a
+// thread.
+constexpr int kStepBlocks = 4;
 // Tensors of a launch: with four numbers and a block each they are the kernel's arguments, of which
 // there are at most kMostArgumentBytes. A launch copies all of them, so that short lists have a
 // smaller block.

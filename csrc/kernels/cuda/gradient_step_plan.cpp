@@ -7,10 +7,10 @@
 namespace cnnkernels::cuda {
 namespace {
 
-// A thread steps this many bytes of the parameter at the least and at the most. The least is one
-// vector: a small network is then spread over all multiprocessors. The most lets a block end soon
-// enough for the last ones to fill the device evenly.
-constexpr int64_t kLeastBytesPerThread = 16;
+// A thread steps this many bytes of the parameter at the least and at the most. The least is what
+// it has under way at once. The most lets a block end soon enough for the last ones to fill the
+// device evenly.
+constexpr int64_t kLeastBytesPerThread = 32;
 constexpr int64_t kMostBytesPerThread = 128;
 
 }  // namespace
@@ -24,7 +24,8 @@ GradientStepPlan plan_gradient_step(const std::vector<int64_t>& counts, DType dt
   const int64_t most = kStepThreads * kMostBytesPerThread / element_size(dtype);
   // As many blocks as run at once take everything, if that is not too much for each.
   const int64_t blocks = std::max<int64_t>(
-      1, int64_t{limits.multiprocessors} * (limits.threads_per_multiprocessor / kStepThreads));
+      1, int64_t{limits.multiprocessors} *
+             std::min(kStepBlocks, limits.threads_per_multiprocessor / kStepThreads));
   int64_t chunk = std::clamp(round_up(ceil_div(total, blocks), least), least, most);
   // No device has the memory for it, but nothing here overflows.
   constexpr int64_t kMostBlocks = std::numeric_limits<int>::max() / 2;

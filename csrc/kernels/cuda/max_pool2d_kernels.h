@@ -21,10 +21,10 @@ struct PoolGeometry {
   explicit PoolGeometry(const MaxPool2dProblem& problem);
 };
 
-// Windows of a thread's strip, for elements of so many bytes: two of double are as many bytes as
-// four of float. Where a row is no multiple of that, the narrow strip may fit.
-constexpr int widest_strip(int64_t bytes) { return bytes == 8 ? 2 : 4; }
-constexpr int kNarrowStrip = 2;
+// Windows of a thread's strip, for elements of so many bytes: the columns below it are then one
+// access of 16 bytes, and the accesses of a warp lie in one piece. Where a row is no multiple of
+// that, a strip half or a quarter as wide may fit.
+constexpr int widest_strip(int64_t bytes) { return static_cast<int>(8 / bytes); }
 
 Error strips_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, const void* input,
                      void* output, void* argmax, Stream stream);

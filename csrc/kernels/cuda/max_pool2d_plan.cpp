@@ -89,7 +89,7 @@ MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& p, int64_t alignment) {
   const int64_t channels = in_planes(p) ? 1 : p.channels;
   plan.each_window = make_grid(image_count, outputs, channels);
   if (in_planes(p) && halves(p)) {
-    for (const int width : {widest_strip(element_size(p.dtype)), kNarrowStrip}) {
+    for (int width = widest_strip(element_size(p.dtype)); width >= 1; width /= 2) {
       if (!strips_fit(p, width, alignment)) continue;
       plan.algorithm = "strips";
       plan.kind = PoolAlgorithm::strips;

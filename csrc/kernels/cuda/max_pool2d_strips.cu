@@ -1,10 +1,10 @@
 // Pooling of 2x2 and 3x3 windows at stride 2 in NCHW: the poolings of most networks.
 //
 // Memory is the limit: forward five bytes an output beyond the input's, in float. A thread takes a
-// strip of four windows of a row (two of double, or where a row is no multiple of four). Below it
-// lie eight columns, which begin at an address of whole vectors, and one column of a neighbour, on
-// the left with padding and on the right without: its line is in the first-level cache, since the
-// neighbour reads it too. Padding is -inf, which is never greater and so never wins.
+// strip of windows of a row, two of float or four of 16 bits: the columns below it are one access
+// of 16 bytes, which lies beside those of the threads beside it. Where windows overlap it reads one
+// column of a neighbour too, on the left with padding and on the right without: that line is in the
+// first-level cache. Padding is -inf, which is never greater and so never wins.
 //
 // The backward is a gather: a thread takes the two rows of gradients below a strip, reads the
 // windows that cover them, of which there are at most two a direction, and takes from each what its
@@ -29,7 +29,7 @@ struct StripColumns {
 };
 
 template <class T, int kKernel, int kPad, int kWidth, bool kArgmax>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     strips_forward_kernel(PoolGeometry g, const T* input, T* output, uint8_t* argmax) {
   using A = Accumulator<T>;
   using Columns = StripColumns<kKernel, kPad, kWidth>;
@@ -93,7 +93,7 @@ struct CoveringWindows {
 };
 
 template <class T, int kKernel, int kPad, int kWidth>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     strips_backward_kernel(PoolGeometry g, const T* grad_output, const uint8_t* argmax,
                            T* grad_input) {
   using A = Accumulator<T>;
@@ -169,8 +169,12 @@ void with_strips(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, Bod
     constexpr int kWidest = widest_strip(sizeof element);
     if (plan.width == kWidest) {
       body(element, kernel, pad, std::integral_constant<int, kWidest>{});
-    } else {
-      body(element, kernel, pad, std::integral_constant<int, kNarrowStrip>{});
+    } else if constexpr (kWidest > 1) {
+      if (plan.width == kWidest / 2) {
+        body(element, kernel, pad, std::integral_constant<int, kWidest / 2>{});
+      } else if constexpr (kWidest > 2) {
+        body(element, kernel, pad, std::integral_constant<int, kWidest / 4>{});
+      }
     }
   };
   with_dtype(problem.dtype, [&](auto element) {

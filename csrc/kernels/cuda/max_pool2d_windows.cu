@@ -6,28 +6,32 @@
 //
 // The backward is a gather: a thread takes one element of the input, or 16 bytes of channels, and
 // goes over the windows that cover it, in torch's order. Each adds its gradient where its argmax is
-// the tap by which it covers the element. Undilated windows need no division for that. So every
-// element is written once, nothing is set to zero before, and no two threads add to one place.
+// the tap by which it covers the element. Undilated windows need no division for that, and those of
+// common sizes no loop. So every element is written once, nothing is set to zero before, and no two
+// threads add to one place.
 #include "kernels/cuda/max_pool2d_device.cuh"
 
 namespace cnnkernels::cuda {
 namespace {
 
-// Blocks of a multiprocessor: with 64 registers a thread. Without the number ptxas keeps to 32
-// where that costs it a spill. Two taps at a time, and not four, are what these registers hold.
-constexpr int kPoolBlocks = 4;
+// Windows that the compiler knows: square, of so many taps a side, and undilated; 0 for any.
+constexpr int kAnyWindow = 0;
 
 // The taps of a window that starts at `start` and lie in [0, size), along one axis.
 struct TapRange {
   int begin, end;
 };
+template <bool kDilated>
 __device__ inline TapRange taps_inside(int start, int size, int kernel, int dilation) {
-  const int begin = start < 0 ? (-start + dilation - 1) / dilation : 0;
-  const int end = (size - start + dilation - 1) / dilation;
+  int begin = start < 0 ? -start : 0, end = size - start;
+  if constexpr (kDilated) {
+    begin = (begin + dilation - 1) / dilation;
+    end = (end + dilation - 1) / dilation;
+  }
   return {begin, end < kernel ? end : kernel};
 }
 
-template <class T, class Tap, int kWidth, bool kArgmax>
+template <class T, class Tap, int kWidth, bool kArgmax, int kWindow, bool kDilated>
 __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     windows_forward_kernel(PoolGeometry g, const T* input, T* output, Tap* argmax) {
   using A = Accumulator<T>;
@@ -36,8 +40,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   if (position.pixel >= g.out_height * g.out_width || channel >= g.channels) return;
   const int top = position.pixel / g.out_width * g.stride_h - g.pad_top;
   const int left = position.pixel % g.out_width * g.stride_w - g.pad_left;
-  const TapRange rows = taps_inside(top, g.in_height, g.kernel_height, g.dilation_h);
-  const TapRange columns = taps_inside(left, g.in_width, g.kernel_width, g.dilation_w);
+  const TapRange rows = taps_inside<kDilated>(top, g.in_height, g.kernel_height, g.dilation_h);
+  const TapRange columns = taps_inside<kDilated>(left, g.in_width, g.kernel_width, g.dilation_w);
   for (int64_t image = position.image; image < g.images; image += position.image_step) {
     const T* const first = input + image * g.in_height * g.in_width * g.channels + channel;
     Winner<A> winners[kWidth];
@@ -45,16 +49,29 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     for (int v = 0; v < kWidth; ++v) {
       winners[v] = {minus_infinity<A>(), rows.begin * g.kernel_width + columns.begin};
     }
-    for (int r = rows.begin; r < rows.end; ++r) {
-      const int row = (top + r * g.dilation_h) * g.in_width + left;
-#pragma unroll 2
-      for (int s = columns.begin; s < columns.end; ++s) {
-        const auto elements =
-            load_vector<kWidth>(first + int64_t{row + s * g.dilation_w} * g.channels);
+    const auto challenge = [&](int r, int s) {
+      const int row = top + (kDilated ? r * g.dilation_h : r);
+      const int column = left + (kDilated ? s * g.dilation_w : s);
+      const auto elements =
+          load_vector<kWidth>(first + int64_t{row * g.in_width + column} * g.channels);
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) {
-          winners[v].challenge(to_accumulator(elements[v]), r * g.kernel_width + s);
+      for (int v = 0; v < kWidth; ++v) {
+        winners[v].challenge(to_accumulator(elements[v]), r * g.kernel_width + s);
+      }
+    };
+    if constexpr (kWindow != kAnyWindow) {
+#pragma unroll
+      for (int r = 0; r < kWindow; ++r) {
+        if (r < rows.begin || r >= rows.end) continue;
+#pragma unroll
+        for (int s = 0; s < kWindow; ++s) {
+          if (s >= columns.begin && s < columns.end) challenge(r, s);
         }
+      }
+    } else {
+      for (int r = rows.begin; r < rows.end; ++r) {
+#pragma unroll 2
+        for (int s = columns.begin; s < columns.end; ++s) challenge(r, s);
       }
     }
     const int64_t window =
@@ -82,7 +99,8 @@ __device__ inline WindowRange windows_over(int position, int windows, int extent
   return {begin, end < windows ? end : windows};
 }
 
-template <class T, class Tap, int kWidth, bool kDilated>
+// With a kWindow, windows at stride 1.
+template <class T, class Tap, int kWidth, int kWindow, bool kDilated>
 __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     windows_backward_kernel(PoolGeometry g, const T* grad_output, const Tap* argmax,
                             T* grad_input) {
@@ -92,33 +110,47 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   if (position.pixel >= g.in_height * g.in_width || channel >= g.channels) return;
   const int top = position.pixel / g.in_width + g.pad_top;
   const int left = position.pixel % g.in_width + g.pad_left;
-  const int extent_h = (g.kernel_height - 1) * g.dilation_h + 1;
-  const int extent_w = (g.kernel_width - 1) * g.dilation_w + 1;
-  const WindowRange rows = windows_over(top, g.out_height, extent_h, g.stride_h);
-  const WindowRange columns = windows_over(left, g.out_width, extent_w, g.stride_w);
   for (int64_t image = position.image; image < g.images; image += position.image_step) {
     const int64_t first = image * g.out_height * g.out_width * g.channels + channel;
     A sums[kWidth] = {};
-    for (int y = rows.begin; y < rows.end; ++y) {
-      int r = top - y * g.stride_h;
-      if constexpr (kDilated) {
-        if (r % g.dilation_h != 0) continue;
-        r /= g.dilation_h;
-      }
-#pragma unroll 2
-      for (int x = columns.begin; x < columns.end; ++x) {
-        int s = left - x * g.stride_w;
-        if constexpr (kDilated) {
-          if (s % g.dilation_w != 0) continue;
-          s /= g.dilation_w;
-        }
-        const int tap = r * g.kernel_width + s;
-        const int64_t window = first + int64_t{y * g.out_width + x} * g.channels;
-        const auto taps = load_vector<kWidth>(argmax + window);
-        const auto gradients = load_vector<kWidth>(grad_output + window);
+    const auto add = [&](int y, int x, int tap) {
+      const int64_t window = first + int64_t{y * g.out_width + x} * g.channels;
+      const auto taps = load_vector<kWidth>(argmax + window);
+      const auto gradients = load_vector<kWidth>(grad_output + window);
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) {
-          if (static_cast<int>(taps[v]) == tap) sums[v] += to_accumulator(gradients[v]);
+      for (int v = 0; v < kWidth; ++v) {
+        if (static_cast<int>(taps[v]) == tap) sums[v] += to_accumulator(gradients[v]);
+      }
+    };
+    if constexpr (kWindow != kAnyWindow) {
+// A row of taps at a time where all are more than the registers hold.
+#pragma unroll(kWindow > 3 ? 1 : kWindow)
+      for (int r = kWindow - 1; r >= 0; --r) {
+        if (top - r < 0 || top - r >= g.out_height) continue;
+#pragma unroll
+        for (int s = kWindow - 1; s >= 0; --s) {
+          if (left - s >= 0 && left - s < g.out_width) add(top - r, left - s, r * kWindow + s);
+        }
+      }
+    } else {
+      const int extent_h = (g.kernel_height - 1) * g.dilation_h + 1;
+      const int extent_w = (g.kernel_width - 1) * g.dilation_w + 1;
+      const WindowRange rows = windows_over(top, g.out_height, extent_h, g.stride_h);
+      const WindowRange columns = windows_over(left, g.out_width, extent_w, g.stride_w);
+      for (int y = rows.begin; y < rows.end; ++y) {
+        int r = top - y * g.stride_h;
+        if constexpr (kDilated) {
+          if (r % g.dilation_h != 0) continue;
+          r /= g.dilation_h;
+        }
+#pragma unroll 2
+        for (int x = columns.begin; x < columns.end; ++x) {
+          int s = left - x * g.stride_w;
+          if constexpr (kDilated) {
+            if (s % g.dilation_w != 0) continue;
+            s /= g.dilation_w;
+          }
+          add(y, x, r * g.kernel_width + s);
         }
       }
     }
@@ -191,6 +223,47 @@ void with_vectors(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, Bo
   });
 }
 
+bool is_dilated(const MaxPool2dProblem& p) { return p.dilation_h > 1 || p.dilation_w > 1; }
+
+// The taps a side of an undilated square window that is one of kWindows, or kAnyWindow.
+template <int... kWindows>
+int known_window(const MaxPool2dProblem& p) {
+  const bool known =
+      !is_dilated(p) && p.kernel_height == p.kernel_width && ((p.kernel_width == kWindows) || ...);
+  return known ? static_cast<int>(p.kernel_width) : kAnyWindow;
+}
+
+template <class T, class Tap, int kWidth, bool kArgmax>
+auto forward_kernel(const MaxPool2dProblem& problem) {
+  if (is_dilated(problem)) {
+    return windows_forward_kernel<T, Tap, kWidth, kArgmax, kAnyWindow, true>;
+  }
+  if constexpr (sizeof(Tap) == 1) {
+    switch (known_window<2, 3>(problem)) {
+      case 2:
+        return windows_forward_kernel<T, Tap, kWidth, kArgmax, 2, false>;
+      case 3:
+        return windows_forward_kernel<T, Tap, kWidth, kArgmax, 3, false>;
+    }
+  }
+  return windows_forward_kernel<T, Tap, kWidth, kArgmax, kAnyWindow, false>;
+}
+
+template <class T, class Tap, int kWidth>
+auto backward_kernel(const MaxPool2dProblem& problem) {
+  if (is_dilated(problem)) return windows_backward_kernel<T, Tap, kWidth, kAnyWindow, true>;
+  if constexpr (sizeof(Tap) == 1 && kWidth == 1) {  // vectors of them all are too many registers
+    const bool every_position = problem.stride_h == 1 && problem.stride_w == 1;
+    switch (every_position ? known_window<3, 5>(problem) : kAnyWindow) {
+      case 3:
+        return windows_backward_kernel<T, Tap, kWidth, 3, false>;
+      case 5:
+        return windows_backward_kernel<T, Tap, kWidth, 5, false>;
+    }
+  }
+  return windows_backward_kernel<T, Tap, kWidth, kAnyWindow, false>;
+}
+
 }  // namespace
 
 Error windows_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, const void* input,
@@ -200,8 +273,8 @@ Error windows_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan
     using T = decltype(element);
     using Tap = decltype(tap);
     constexpr int kWidth = decltype(width)::value;
-    const auto pool = argmax != nullptr ? windows_forward_kernel<T, Tap, kWidth, true>
-                                        : windows_forward_kernel<T, Tap, kWidth, false>;
+    const auto pool = argmax != nullptr ? forward_kernel<T, Tap, kWidth, true>(problem)
+                                        : forward_kernel<T, Tap, kWidth, false>(problem);
     error =
         launch(pool, plan.forward, 0, stream, PoolGeometry(problem), static_cast<const T*>(input),
                static_cast<T*>(output), static_cast<Tap*>(argmax));
@@ -216,13 +289,9 @@ Error windows_backward(const MaxPool2dProblem& problem, const MaxPool2dPlan& pla
   with_vectors(problem, plan, [&](auto element, auto tap, auto width) {
     using T = decltype(element);
     using Tap = decltype(tap);
-    constexpr int kWidth = decltype(width)::value;
-    const bool dilated = problem.dilation_h > 1 || problem.dilation_w > 1;
-    const auto gather = dilated ? windows_backward_kernel<T, Tap, kWidth, true>
-                                : windows_backward_kernel<T, Tap, kWidth, false>;
-    error = launch(gather, plan.backward, 0, stream, PoolGeometry(problem),
-                   static_cast<const T*>(grad_output), static_cast<const Tap*>(argmax),
-                   static_cast<T*>(grad_input));
+    error = launch(backward_kernel<T, Tap, decltype(width)::value>(problem), plan.backward, 0,
+                   stream, PoolGeometry(problem), static_cast<const T*>(grad_output),
+                   static_cast<const Tap*>(argmax), static_cast<T*>(grad_input));
   });
   return error;
 }

@@ -9,21 +9,36 @@
 namespace cnnkernels::cuda {
 namespace {
 
-[[maybe_unused]] const bool is_linked = has_cuda_kernels() = true;
+struct KnownDevice {
+  std::once_flag asked;
+  DeviceLimits limits;
+  std::string reason;  // why the kernels do not run on it
+};
+
+const KnownDevice& known(const at::Device& device) {
+  constexpr size_t kMostDevices = 128;  // torch's own limit
+  static std::array<KnownDevice, kMostDevices> devices;
+  const auto index = static_cast<size_t>(std::max<int>(0, device.index()));
+  TORCH_CHECK(index < kMostDevices, "device ", device, " has too large an index");
+  KnownDevice& of_index = devices[index];
+  std::call_once(of_index.asked, [&] {
+    const Error error = device_limits(static_cast<int>(index), &of_index.limits);
+    if (error == kSuccess) return;
+    of_index.reason =
+        c10::str("the kernels do not run on device ", device, " of compute capability ",
+                 of_index.limits.compute_capability / 10, ".",
+                 of_index.limits.compute_capability % 10, " (", error_text(error), ")");
+  });
+  return of_index;
+}
+
+const std::string& reason_of(const at::Device& device) { return known(device).reason; }
+
+[[maybe_unused]] const bool is_linked = (cuda_device_reason() = reason_of) != nullptr;
 
 }  // namespace
 
-const DeviceLimits& limits_of(const at::Tensor& tensor) {
-  constexpr size_t kMostDevices = 128;  // torch's own limit
-  static std::array<std::once_flag, kMostDevices> asked;
-  static std::array<DeviceLimits, kMostDevices> limits;
-  const auto device = static_cast<size_t>(std::max<int>(0, tensor.device().index()));
-  TORCH_CHECK(device < kMostDevices, "device ", tensor.device(), " has too large an index");
-  std::call_once(asked[device], [&] {
-    check_launch("device_limits", device_limits(static_cast<int>(device), &limits[device]));
-  });
-  return limits[device];
-}
+const DeviceLimits& limits_of(const at::Tensor& tensor) { return known(tensor.device()).limits; }
 
 void check_launch(const char* op, Error error) {
   if (error == kSuccess) return;

@@ -41,7 +41,7 @@ class DeviceScope {
   Stream stream_ = nullptr;
 };
 
-// Of the tensor's device; asked for once.
+// Of the tensor's device, which runs the kernels; asked for once.
 const DeviceLimits& limits_of(const at::Tensor& tensor);
 
 // Raises torch's error for a launch that failed.

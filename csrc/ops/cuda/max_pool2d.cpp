@@ -20,6 +20,9 @@ int64_t common_alignment(const Tensors&... tensors) {
 }
 
 struct Cuda {
+  static std::string not_native(const MaxPool2dProblem& problem) {
+    return cuda::max_pool2d_not_native(problem);
+  }
   static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format,
                           const at::Tensor& like) {
     return at::empty(size, like.options().dtype(dtype), format);
