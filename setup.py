@@ -102,7 +102,8 @@ def limit_jobs(bytes_per_job: int) -> None:
     memory = free_memory()
     if memory is not None:
         jobs = min(jobs, memory // bytes_per_job)
-    os.environ.setdefault("MAX_JOBS", str(max(1, jobs)))
+    if not os.environ.get("MAX_JOBS", "").strip().isdigit():
+        os.environ["MAX_JOBS"] = str(max(1, jobs))
 
 
 def make_extension(torch: Any, toolkit: cuda_build.Toolkit | None) -> Any:
@@ -257,12 +258,13 @@ def make_build_library(
             if toolkit is None:
                 super().run()
                 return {"reason": no_cuda}
+            inplace = self.inplace
             try:
                 super().run()
             except Exception as error:
                 if cuda_build.CUDA_MODE == "require":
                     raise
-                # What nvcc refuses (a newer host compiler, say) costs the CUDA kernels only.
+                # What nvcc refuses costs the CUDA kernels only.
                 reason = failure(error)
                 warn_of_no_cuda(reason)
                 without_cuda = vars(make_extension(torch, None))
@@ -275,6 +277,8 @@ def make_build_library(
                     "extra_compile_args",
                 ):
                     setattr(extension, name, without_cuda[name])
+                # As they were before the first run, which changes both.
+                self.inplace, self.compiler = inplace, None
                 super().run()
                 return {"reason": reason}
             return {"release": toolkit.release, "architectures": toolkit.architectures}
@@ -312,6 +316,10 @@ def plan_build() -> dict[str, Any]:
         raise SystemExit(f"CNNKERNELS_BUILD must be 0, 1 or require, not {BUILD_MODE!r}.")
     try:
         if BUILD_MODE == "0":
+            if cuda_build.CUDA_MODE == "require":
+                raise SystemExit(
+                    "error: with CNNKERNELS_BUILD=0 there are no CUDA kernels to require."
+                )
             raise BuildImpossibleError("CNNKERNELS_BUILD=0 was set when it was installed.")
         torch = import_torch()
         check_python_headers()

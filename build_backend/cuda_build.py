@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def release_architectures(supported: str) -> str:
     return ";".join([*chosen[:-1], f"{chosen[-1]}+PTX"]) if chosen else ""
 
 
+def _check_that_it_compiles(nvcc: Path) -> None:
+    """A host compiler that nvcc does not take, say, shows in the smallest file."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("__global__ void probe() {}\n", encoding="ascii")
+        command = [str(nvcc), "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().partition("\n")[0]
+        raise CudaUnavailableError(f"{nvcc} does not compile: {said or 'it says nothing'}")
+
+
 def find_toolkit(torch: Any) -> Toolkit:
     """Return the toolkit that builds kernels for this torch.
 
@@ -95,4 +108,5 @@ def find_toolkit(torch: Any) -> Toolkit:
         architectures = release_architectures(_output(nvcc, "--list-gpu-arch"))
     if not architectures:
         raise CudaUnavailableError(f"{nvcc} knows none of {', '.join(RELEASE_ARCHITECTURES)}.")
+    _check_that_it_compiles(nvcc)
     return Toolkit(f"{printed[1]}.{printed[2]}", architectures)

@@ -37,9 +37,10 @@ def _rows() -> list[tuple[str, str]]:
 def _cuda(info: dict[str, str]) -> str:
     if "architectures" not in info:
         return f"no kernels: {info.get('reason', 'the library was built without them')}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     built_for = info["architectures"].replace(";", ", ")
-    return f"kernels for {built_for} (CUDA {info['release']}); device: {device}"
+    # A device's name would make it this process's: a fork could not use it any more.
+    devices = torch.cuda.device_count()
+    return f"kernels for {built_for} (CUDA {info['release']}); devices: {devices}"
 
 
 def _built(info: dict[str, Any], key: str) -> str:

@@ -232,6 +232,48 @@ def test_against_the_operator_of_torch(
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_learning_rate_in_a_tensor(dtype: torch.dtype, lr_dtype: torch.dtype) -> None:
+    """The same step as with the number that the tensor holds."""
+    lr = torch.tensor(0.1, dtype=lr_dtype)
+    gradient = torch.randn(40, dtype=torch.float64).to(dtype)
+    first = torch.randn(40, dtype=torch.float64).to(dtype)
+    params, buffers = [first.clone() for _ in range(4)], [torch.ones_like(first) for _ in range(2)]
+    torch.ops.cnnkernels.gd_step_([params[0]], [gradient], lr)
+    torch.ops.cnnkernels.gd_step_([params[1]], [gradient], lr.item())
+    for param, buffer, rate in zip(params[2:], buffers, (lr, lr.item()), strict=True):
+        torch.ops.cnnkernels.sgd_step_(
+            [param], [gradient], [buffer], weight_decay=0.1, momentum=0.9, lr=rate, dampening=0.0,
+            nesterov=True, maximize=False, is_first_step=False,
+        )  # fmt: skip
+    assert torch.equal(params[0], params[1])
+    assert torch.equal(params[2], params[3])
+    assert not torch.equal(params[0], first)
+
+
+def test_dtypes_in_one_list() -> None:
+    params = [torch.ones(30, dtype=dtype) for dtype in (*DTYPES, *reversed(DTYPES))]
+    gradients = [torch.full_like(param, 0.5) for param in params]
+    torch.ops.cnnkernels.gd_step_(params, gradients, 0.5)
+    for param in params:
+        assert param.eq(0.75).all(), param.dtype
+
+
+@pytest.mark.parametrize("name", ["lr", "grad_scale", "found_inf"])
+@pytest.mark.parametrize("number", [torch.ones(2), torch.tensor(1j)], ids=["two", "complex"])
+def test_numbers_that_are_none_are_refused(name: str, number: Tensor) -> None:
+    param, gradient = torch.ones(3), torch.ones(3)
+    numbers = {"lr": torch.tensor(0.1), name: number}
+    with pytest.raises(RuntimeError, match=f"sgd_step_: {name} must "):
+        torch.ops.cnnkernels.sgd_step_(
+            [param], [gradient], [], weight_decay=0.0, momentum=0.0, dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False, **numbers,
+        )  # fmt: skip
+    assert param.eq(1).all()
+    assert gradient.eq(1).all()
+
+
 def test_scaling_and_found_inf() -> None:
     def step(found: float) -> tuple[Tensor, Tensor]:
         param, gradient = torch.ones(20), torch.full((20,), 4.0)

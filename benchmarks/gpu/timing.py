@@ -18,6 +18,7 @@ rounds. On the CPU, as a dry run, a sample is a batch of eager calls by ``time.p
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -178,8 +179,11 @@ def _capture(contender: Contender, rotation: int, calls: int) -> torch.cuda.CUDA
     try:
         for index in range(calls):
             kept[index % rotation] = contender.call(index)
-    finally:
-        graph.capture_end()
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # it would hide what went wrong
+            graph.capture_end()
+        raise
+    graph.capture_end()
     return graph
 
 

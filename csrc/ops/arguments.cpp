@@ -124,15 +124,15 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
   return arguments;
 }
 
-CudaDeviceReason& cuda_device_reason() {
-  static CudaDeviceReason reason = nullptr;
-  return reason;
+CudaDeviceOf& cuda_device_of() {
+  static CudaDeviceOf device_of = nullptr;
+  return device_of;
 }
 
 std::string not_native(const at::Tensor& tensor, Devices devices) {
   const at::Device device = tensor.device();
-  if (devices == Devices::cpu_and_cuda && device.is_cuda() && cuda_device_reason() != nullptr) {
-    const std::string& reason = cuda_device_reason()(device);
+  if (devices == Devices::cpu_and_cuda && device.is_cuda() && cuda_device_of() != nullptr) {
+    const std::string& reason = cuda_device_of()(device).reason;
     if (!reason.empty()) return reason;
   } else if (!device.is_cpu()) {
     return "device " + device.str();

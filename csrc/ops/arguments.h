@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "kernels/conv2d_relu_max_pool2d.h"
+#include "kernels/cuda/device.h"
 
 namespace cnnkernels {
 
@@ -48,10 +49,15 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
 // Where an operator has kernels: poolings and steps also on CUDA, in a library built with it.
 enum class Devices { cpu, cpu_and_cuda };
 
-// Why the kernels do not run on a CUDA device, empty if they do. Null in a library without them: what
-// is linked into it for CUDA sets this when it is loaded.
-using CudaDeviceReason = const std::string& (*)(const at::Device&);
-CudaDeviceReason& cuda_device_reason();
+// A CUDA device, as far as it matters here.
+struct CudaDevice {
+  cuda::DeviceLimits limits;
+  std::string reason;  // why the kernels do not run on it; empty if they do
+};
+// Null in a library without CUDA kernels: what is linked into it for them sets this when it is
+// loaded.
+using CudaDeviceOf = const CudaDevice& (*)(const at::Device&);
+CudaDeviceOf& cuda_device_of();
 
 // Why the native kernels do not take a tensor; empty if they do.
 std::string not_native(const at::Tensor& tensor, Devices devices = Devices::cpu);

@@ -498,7 +498,7 @@ py::dict config() {
   py::dict result;
   result["isa"] = isa_name(active_isa());
   result["isas"] = isas;
-  result["cuda"] = cuda_device_reason() != nullptr;
+  result["cuda"] = cuda_device_of() != nullptr;
   result["kept_mib"] = result_memory().mebibytes;
   py::list notes;  // on environment variables that do not hold
   for (const std::string& note : {std::string(active_isa_note()), result_memory().note}) {
@@ -596,9 +596,9 @@ std::string max_pool2d_reason(py::handle input, py::handle kernel_size, py::hand
 }
 
 // The plan for tensors as torch allocates them, and of a call that no view shifts.
-py::dict explain_on_cuda(const MaxPool2dProblem& problem) {
+py::dict explain_on_cuda(const MaxPool2dProblem& problem, const at::Device& device) {
   constexpr int64_t kAlignment = 16;
-  const auto plan = cuda::plan_max_pool2d(problem, kAlignment);
+  const auto plan = cuda::plan_max_pool2d(problem, kAlignment, cuda_device_of()(device).limits);
   const auto blocks = [](const cuda::LaunchGrid& grid) {
     return py::make_tuple(grid.x, grid.y, grid.z);
   };
@@ -627,7 +627,7 @@ py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle
   const at::Tensor images = batched(op, x);
   const Layout layout = pool_layout(images);
   const MaxPool2dProblem problem = pool_problem(op, images.sizes(), dtype_of(x), layout, arguments);
-  if (!x.is_cpu()) return explain_on_cuda(problem);
+  if (!x.is_cpu()) return explain_on_cuda(problem, x.device());
   const MaxPool2dPlan plan = plan_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
   py::dict result = native_plan(plan.algorithm, plan.isa, plan.vector_lanes, plan.threads);
   result["argmax_bytes"] = problem.compact_argmax() ? 1 : 4;

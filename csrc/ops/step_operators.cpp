@@ -36,6 +36,8 @@ void check_list(const char* op, const char* name, at::TensorList list, at::Tenso
 void check_number(const char* op, const char* name, const std::optional<at::Tensor>& number) {
   TORCH_CHECK(!has_value(number) || number->numel() == 1, op, ": ", name,
               " must have one element, but has size ", number->sizes());
+  TORCH_CHECK(!has_value(number) || !number->is_complex(), op, ": ", name,
+              " must be real, but is of dtype ", number->scalar_type());
 }
 
 }  // namespace

@@ -22,7 +22,9 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <typeindex>
 #include <utility>
 #include <vector>
 
@@ -44,10 +46,10 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-#define CNNK_SHARED(T, name, count)    \
-  T(&name)                             \
-  [count] = *static_cast<T(*)[count]>( \
-      cuda_emulator::shared_array(__FILE__, __LINE__, sizeof(T) * (count)))
+#define CNNK_SHARED(T, name, count)                                                                \
+  T(&name)                                                                                         \
+  [count] = *static_cast<T(*)[count]>(cuda_emulator::shared_array(__FILE__, __LINE__, __COUNTER__, \
+                                                                  typeid(T), sizeof(T) * (count)))
 #define CNNK_DYNAMIC_SHARED(T, name) T* const name = cuda_emulator::dynamic_shared_array<T>()
 #define CNNK_CHECK_ALIGNMENT(pointer, bytes) cuda_emulator::check_alignment(pointer, bytes)
 
@@ -79,6 +81,7 @@ inline Schedule& schedule() {
 // What a launch may ask for; those of an H100.
 struct Limits {
   size_t static_shared_bytes = 48 * 1024;
+  size_t dynamic_shared_bytes = 48 * 1024;  // more only for a kernel that has asked, as none does
   size_t shared_bytes = 227 * 1024;
 };
 inline Limits& limits() {
@@ -252,7 +255,9 @@ class Block {
   void barrier(Site site);
   void collective(Collective operation);
 
-  void* shared_array(Site site, size_t bytes);
+  // An array of its own for each place, and each type that a template has there.
+  using SharedKey = std::tuple<std::string, int, std::type_index>;  // the file, a number in it
+  void* shared_array(const SharedKey& key, size_t bytes);
   void* dynamic_shared() const { return dynamic_shared_.get(); }
   bool holds_shared(const void* pointer, size_t bytes) const;
 
@@ -282,7 +287,7 @@ class Block {
   Fiber scheduler_;
   const std::function<void()>& kernel_;
   std::string failure_;
-  std::map<std::pair<std::string, int>, Shared> shared_;
+  std::map<SharedKey, Shared> shared_;
   std::unique_ptr<char, decltype(&std::free)> dynamic_shared_;
   size_t dynamic_shared_bytes_, static_shared_bytes_ = 0;
   std::mt19937 random_;
@@ -360,14 +365,18 @@ inline void Block::collective(Collective operation) {
   stop(Thread::State::in_collective);
 }
 
-inline void* Block::shared_array(Site site, size_t bytes) {
-  const auto key = std::make_pair(std::string(site.file), site.line);
+inline void* Block::shared_array(const SharedKey& key, size_t bytes) {
   const auto found = shared_.find(key);
   if (found != shared_.end()) return found->second.memory.get();
   static_shared_bytes_ += bytes;
   if (static_shared_bytes_ > limits().static_shared_bytes) {
     fail(std::to_string(static_shared_bytes_) + " bytes of static shared memory, more than " +
          std::to_string(limits().static_shared_bytes));
+  }
+  if (static_shared_bytes_ + dynamic_shared_bytes_ > limits().shared_bytes) {
+    fail(std::to_string(static_shared_bytes_) + " bytes of static and " +
+         std::to_string(dynamic_shared_bytes_) + " of dynamic shared memory, more than " +
+         std::to_string(limits().shared_bytes));
   }
   return shared_.emplace(key, poisoned(bytes)).first->second.memory.get();
 }
@@ -513,7 +522,7 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, const void
                    const std::function<void()>& kernel) {
   const bool fits = grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 &&
                     grid.z <= 65535 && size.count() > 0 && size.count() <= 1024 && size.z <= 64 &&
-                    dynamic_shared_bytes <= limits().shared_bytes;
+                    dynamic_shared_bytes <= limits().dynamic_shared_bytes;
   if (!fits) {
     throw Error("a grid of " + text(grid) + " blocks of " + text(size) + " threads with " +
                 std::to_string(dynamic_shared_bytes) +
@@ -533,8 +542,10 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, const void
   }
 }
 
-inline void* shared_array(const char* file, int line, size_t bytes) {
-  return block().shared_array({file, line}, bytes);
+inline void* shared_array(const char* file, int line, int number, std::type_index type,
+                          size_t bytes) {
+  return block().shared_array({std::string(file) + ":" + std::to_string(line), number, type},
+                              bytes);
 }
 
 template <class T>

@@ -148,9 +148,28 @@ void check_shared_memory() {
     CNNK_DYNAMIC_SHARED(float, none);
     none[0] = 0;
   });
-  expect_error("cannot be launched", 1, [] {}, 228 * 1024);
+  expect_error("cannot be launched", 1, [] {}, 49 * 1024);
   expect_error("cannot be launched", 1025, [] {});
   expect_error("cannot be launched", 0, [] {});
+}
+
+// A template's array is another one for each type, and so are two on a line.
+template <class T>
+T* shared_of_type() {
+  CNNK_SHARED(T, first, 4);
+  CNNK_SHARED(T, second, 4);
+  expect(&first[0] != &second[0], "arrays on one line are apart");
+  return first;
+}
+
+void check_shared_templates() {
+  set_context("shared memory of templates");
+  run(1, [] {
+    float* const floats = shared_of_type<float>();
+    expect(static_cast<void*>(floats) != shared_of_type<double>(),
+           "types have arrays of their own");
+    expect(floats == shared_of_type<float>(), "a place has one array");
+  });
 }
 
 void check_accesses() {
@@ -308,6 +327,7 @@ int main() {
     check_shuffles();
     check_barriers();
     check_shared_memory();
+    check_shared_templates();
     check_accesses();
     check_asynchronous_copies();
     check_tf32();

@@ -51,7 +51,8 @@ void draw_axis(Random& random, int64_t& in, int64_t& out, int64_t& kernel, int64
   stride = random.chance(50) ? 2 : random.between(1, 5);
   dilation = random.chance(70) ? 1 : random.between(2, 4);
   pad = random.between(0, kernel / 2);
-  in = of_any_size(random, 17) + dilation * (kernel - 1);
+  in = random.chance(15) ? random.between(1, 2) : of_any_size(random, 17);
+  in += dilation * (kernel - 1);
   out = (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
@@ -64,7 +65,9 @@ MaxPool2dProblem pooling_of_any_size(Random& random) {
   draw_axis(random, p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top,
             p.dilation_h);
   draw_axis(random, p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left, p.dilation_w);
-  if (random.chance(40)) {  // the windows of strips
+  if (random.chance(5)) p.in_height = p.out_height = int64_t{1} << random.between(24, 34);
+  if (random.chance(5)) p.channels = int64_t{1} << random.between(20, 34);
+  if (random.chance(30)) {  // the windows of strips, or nearly so
     p.kernel_height = p.kernel_width = random.between(2, 3);
     p.stride_h = p.stride_w = 2;
     p.dilation_h = p.dilation_w = 1;
@@ -73,6 +76,11 @@ MaxPool2dProblem pooling_of_any_size(Random& random) {
     p.in_width = 2 * random.between(1, 200);
     p.out_height = (p.in_height + 2 * p.pad_top - p.kernel_height) / 2 + 1;
     p.out_width = p.in_width / 2;
+    if (random.chance(40)) {
+      int64_t* const fields[] = {&p.kernel_height, &p.stride_h,   &p.stride_w, &p.pad_top,
+                                 &p.dilation_h,    &p.dilation_w, &p.in_width, &p.kernel_width};
+      *fields[random.between(0, 7)] += 1;
+    }
   }
   return p;
 }
@@ -118,6 +126,7 @@ void check_step_plan(Random& random) {
   const int vector = 16 / static_cast<int>(element_size(dtype));
   expect(plan.chunk > 0 && plan.chunk % (vector * cuda::kStepThreads) == 0,
          "a chunk is whole vectors");
+  if (bits < 30) expect(plan.chunk <= 8 * vector * cuda::kStepThreads, "a block ends soon");
   size_t next = 0;
   int64_t total = 0, blocks = 0;
   for (const cuda::StepLaunch& part : plan.launches) {
@@ -146,12 +155,20 @@ void check_pool_plan(Random& random) {
   const int64_t alignment = int64_t{1} << random.between(element_size(p.dtype) == 8 ? 3 : 2, 5);
   set_context("plan of " + kernel_tests::describe(p) + " aligned to " + std::to_string(alignment));
   if (!cuda::max_pool2d_not_native(p).empty()) {
-    expect(p.in_height * p.in_width > (1 << 29) || p.out_height * p.out_width > (1 << 29) ||
+    expect(p.in_height > (1 << 29) / p.in_width || p.out_height > (1 << 29) / p.out_width ||
                p.channels > (1 << 23),
            "only huge problems are refused");
     return;
   }
-  const cuda::MaxPool2dPlan plan = cuda::plan_max_pool2d(p, alignment);
+  DeviceLimits limits = cuda::architecture_limits(kCapabilities[random.between(0, 10)]);
+  limits.multiprocessors = static_cast<int>(random.between(1, 200));
+  // What kernels compute in 32 bits.
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  expect(p.in_height * p.in_width <= kMost && p.out_height * p.out_width <= kMost &&
+             p.in_height + p.pad_top + p.kernel_height * p.dilation_h + p.stride_h <= kMost &&
+             p.in_width + p.pad_left + p.kernel_width * p.dilation_w + p.stride_w <= kMost,
+         "positions fit");
+  const cuda::MaxPool2dPlan plan = cuda::plan_max_pool2d(p, alignment, limits);
   const bool planes = p.layout == Layout::nchw || p.channels == 1;
   const int64_t images = planes ? p.batch * p.channels : p.batch;
   const int64_t channels = planes ? 1 : p.channels;
@@ -159,6 +176,11 @@ void check_pool_plan(Random& random) {
   if (plan.kind == cuda::PoolAlgorithm::strips) {
     expect(planes && p.in_width == 2 * p.out_width && p.out_width % plan.width == 0,
            "strips cover whole rows");
+    expect(
+        p.kernel_height == p.kernel_width && p.stride_h == 2 && p.stride_w == 2 &&
+            p.dilation_h == 1 && p.dilation_w == 1 && p.pad_top == p.pad_left &&
+            ((p.kernel_width == 2 && p.pad_left == 0) || (p.kernel_width == 3 && p.pad_left <= 1)),
+        "strips are of 2x2 and 3x3 windows at stride 2");
     // What a strip reads and writes begins at a multiple of its accesses.
     const int64_t bytes = 2 * plan.width * element_size(p.dtype);
     expect(alignment >= std::min<int64_t>(bytes, 16), "strips are aligned");

@@ -43,9 +43,9 @@ struct LaunchGrid {
   int64_t blocks() const { return int64_t{x} * y * z; }
   int threads() const { return static_cast<int>(block_x * block_y * block_z); }
 };
+constexpr int kVectorBytes = 16;  // the widest access of a thread
 constexpr int64_t kMostBlocksX = 0x7fffffff;
 constexpr int64_t kMostBlocksYZ = 65535;
-constexpr int kMostThreads = 1024;
 constexpr int kMostThreadsZ = 64;
 
 // The bytes of arguments that a kernel takes on every architecture from sm_70 on (CUDA 12.1).

@@ -43,9 +43,6 @@ __device__ inline T from_accumulator(Accumulator<T> value) {
 #endif
 }
 
-// The widest access of a thread.
-constexpr int kVectorBytes = 16;
-
 // kCount neighbours, read and written in as few accesses as their size allows: the alignment tells
 // the compiler so, and is what memory must have.
 template <class T, int kCount>

@@ -25,12 +25,16 @@ struct MaxPool2dPlan {
 };
 
 constexpr int kPoolThreads = 256;
+// Blocks that a multiprocessor runs at once: with 64 registers a thread. (Left to itself ptxas
+// keeps to 32 or 40 registers, where that costs it a spill.)
+constexpr int kPoolBlocks = 4;
 
 // Why no kernel takes a problem; empty if one does.
 std::string max_pool2d_not_native(const MaxPool2dProblem& problem);
 
 // A pure function of its arguments. alignment: bytes of which all tensors' addresses are multiples.
-MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, int64_t alignment);
+MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, int64_t alignment,
+                              const DeviceLimits& limits);
 
 // argmax may be null; else it is uint8_t* or int32_t*, as compact_argmax() says.
 Error max_pool2d_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,

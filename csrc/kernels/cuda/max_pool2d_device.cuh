@@ -6,10 +6,6 @@
 
 namespace cnnkernels::cuda {
 
-// Blocks of a multiprocessor: with 64 registers a thread. Without the number ptxas keeps to 32, or
-// 40, where that costs it a spill.
-constexpr int kPoolBlocks = 4;
-
 template <class A>
 __device__ inline A minus_infinity() {
   return -static_cast<A>(HUGE_VALF);

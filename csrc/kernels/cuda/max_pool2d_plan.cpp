@@ -8,7 +8,6 @@
 namespace cnnkernels::cuda {
 namespace {
 
-constexpr int64_t kLeastAlignment = 16;
 constexpr int64_t k32Bits = std::numeric_limits<int>::max();
 
 // Planes are images of one channel. One channel in NHWC lies as in NCHW.
@@ -23,10 +22,15 @@ unsigned power_of_two(int64_t value) {
   return power;
 }
 
+// A thread's place in an image takes two divisions, which several images then share: so many times
+// as many blocks as run at once are enough to fill the device evenly to the end.
+constexpr int64_t kMostWaves = 4;
+
 // Threads for images x pixels x channels (vectors of them, or strips for pixels). A block takes
 // neighbours: channels first, as many pixels as fit, and images where these are few. Kernels go
 // over the images that a grid does not hold.
-LaunchGrid make_grid(int64_t image_count, int64_t pixels, int64_t channels) {
+LaunchGrid make_grid(int64_t image_count, int64_t pixels, int64_t channels,
+                     const DeviceLimits& limits) {
   LaunchGrid grid;
   grid.block_x = std::min<unsigned>(kPoolThreads, power_of_two(channels));
   grid.block_y = std::min<unsigned>(kPoolThreads / grid.block_x, power_of_two(pixels));
@@ -34,15 +38,18 @@ LaunchGrid make_grid(int64_t image_count, int64_t pixels, int64_t channels) {
   grid.block_z =
       std::min<unsigned>({left, power_of_two(image_count), static_cast<unsigned>(kMostThreadsZ)});
   grid.x = static_cast<unsigned>(ceil_div(pixels, grid.block_y));
-  grid.y = static_cast<unsigned>(std::min(kMostBlocksYZ, ceil_div(image_count, grid.block_z)));
   grid.z = static_cast<unsigned>(ceil_div(channels, grid.block_x));
+  const int64_t most =
+      std::max<int64_t>(1, kMostWaves * kPoolBlocks * limits.multiprocessors / grid.x / grid.z);
+  grid.y =
+      static_cast<unsigned>(std::min({kMostBlocksYZ, most, ceil_div(image_count, grid.block_z)}));
   return grid;
 }
 
 // Whether strips of `width` windows cover the rows of input and output, each from an address that
 // its accesses may have.
 bool strips_fit(const MaxPool2dProblem& p, int64_t width, int64_t alignment) {
-  const int64_t access = std::min<int64_t>(kLeastAlignment, 2 * width * element_size(p.dtype));
+  const int64_t access = std::min<int64_t>(kVectorBytes, 2 * width * element_size(p.dtype));
   return alignment >= access && p.out_width % width == 0 && p.in_width == 2 * p.out_width;
 }
 
@@ -82,31 +89,33 @@ std::string max_pool2d_not_native(const MaxPool2dProblem& p) {
   return small ? "" : "a plane, a window or channels larger than a grid of CUDA's";
 }
 
-MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& p, int64_t alignment) {
+MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& p, int64_t alignment,
+                              const DeviceLimits& limits) {
   MaxPool2dPlan plan;
   const int64_t outputs = p.out_height * p.out_width;
   const int64_t image_count = images(p);
   const int64_t channels = in_planes(p) ? 1 : p.channels;
-  plan.each_window = make_grid(image_count, outputs, channels);
+  plan.each_window = make_grid(image_count, outputs, channels, limits);
   if (in_planes(p) && halves(p)) {
     for (int width = widest_strip(element_size(p.dtype)); width >= 1; width /= 2) {
       if (!strips_fit(p, width, alignment)) continue;
       plan.algorithm = "strips";
       plan.kind = PoolAlgorithm::strips;
       plan.width = width;
-      plan.forward = make_grid(image_count, outputs / width, 1);
+      plan.forward = make_grid(image_count, outputs / width, 1, limits);
       // A strip of windows has the gradients of two rows of the input.
-      plan.backward = make_grid(image_count, ceil_div(p.in_height, 2) * (p.out_width / width), 1);
+      plan.backward =
+          make_grid(image_count, ceil_div(p.in_height, 2) * (p.out_width / width), 1, limits);
       return plan;
     }
   }
   plan.algorithm = "windows";
   plan.kind = PoolAlgorithm::windows;
-  const int64_t widest = kLeastAlignment / element_size(p.dtype);
-  const bool vectors = p.compact_argmax() && alignment >= kLeastAlignment && channels % widest == 0;
+  const int64_t widest = kVectorBytes / element_size(p.dtype);
+  const bool vectors = p.compact_argmax() && alignment >= kVectorBytes && channels % widest == 0;
   plan.width = static_cast<int>(vectors ? widest : 1);
-  plan.forward = make_grid(image_count, outputs, channels / plan.width);
-  plan.backward = make_grid(image_count, p.in_height * p.in_width, channels / plan.width);
+  plan.forward = make_grid(image_count, outputs, channels / plan.width, limits);
+  plan.backward = make_grid(image_count, p.in_height * p.in_width, channels / plan.width, limits);
   return plan;
 }
 

@@ -99,8 +99,8 @@ __device__ inline WindowRange windows_over(int position, int windows, int extent
   return {begin, end < windows ? end : windows};
 }
 
-// With a kWindow, windows at stride 1.
-template <class T, class Tap, int kWidth, int kWindow, bool kDilated>
+// With a kWindow, windows at stride kStride.
+template <class T, class Tap, int kWidth, int kWindow, int kStride, bool kDilated>
 __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     windows_backward_kernel(PoolGeometry g, const T* grad_output, const Tap* argmax,
                             T* grad_input) {
@@ -113,23 +113,38 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   for (int64_t image = position.image; image < g.images; image += position.image_step) {
     const int64_t first = image * g.out_height * g.out_width * g.channels + channel;
     A sums[kWidth] = {};
-    const auto add = [&](int y, int x, int tap) {
-      const int64_t window = first + int64_t{y * g.out_width + x} * g.channels;
-      const auto taps = load_vector<kWidth>(argmax + window);
-      const auto gradients = load_vector<kWidth>(grad_output + window);
-#pragma unroll
-      for (int v = 0; v < kWidth; ++v) {
-        if (static_cast<int>(taps[v]) == tap) sums[v] += to_accumulator(gradients[v]);
-      }
-    };
     if constexpr (kWindow != kAnyWindow) {
-// A row of taps at a time where all are more than the registers hold.
-#pragma unroll(kWindow > 3 ? 1 : kWindow)
-      for (int r = kWindow - 1; r >= 0; --r) {
-        if (top - r < 0 || top - r >= g.out_height) continue;
+      // Window top / kStride - m has the tap top % kStride + m * kStride there, if it has so many.
+      // Taps are read before the first gradient, which most of them do not ask for: all of them, or
+      // a row of windows at a time where they are more than the registers hold.
+      constexpr int kCovering = (kWindow + kStride - 1) / kStride;
+      constexpr int kRows = kCovering > 3 ? 1 : kCovering;
+#pragma unroll 1
+      for (int last = kCovering - 1; last >= 0; last -= kRows) {
+        const int64_t corner =
+            first + (int64_t{top / kStride - last} * g.out_width + left / kStride) * g.channels;
+        uint32_t won = 0;  // a bit a window
 #pragma unroll
-        for (int s = kWindow - 1; s >= 0; --s) {
-          if (left - s >= 0 && left - s < g.out_width) add(top - r, left - s, r * kWindow + s);
+        for (int i = 0; i < kRows; ++i) {
+          const int y = top / kStride - last + i, r = top % kStride + (last - i) * kStride;
+#pragma unroll
+          for (int n = 0; n < kCovering; ++n) {
+            const int x = left / kStride - n, s = left % kStride + n * kStride;
+            const bool covers = r < kWindow && y >= 0 && y < g.out_height &&  //
+                                s < kWindow && x >= 0 && x < g.out_width;
+            const int64_t window = corner + int64_t{i * g.out_width - n} * g.channels;
+            if (covers && argmax[window] == r * kWindow + s) won |= 1u << (i * kCovering + n);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int n = kCovering - 1; n >= 0; --n) {
+            if ((won >> (i * kCovering + n) & 1) != 0) {
+              sums[0] +=
+                  to_accumulator(grad_output[corner + int64_t{i * g.out_width - n} * g.channels]);
+            }
+          }
         }
       }
     } else {
@@ -150,7 +165,15 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
             if (s % g.dilation_w != 0) continue;
             s /= g.dilation_w;
           }
-          add(y, x, r * g.kernel_width + s);
+          const int64_t window = first + int64_t{y * g.out_width + x} * g.channels;
+          const auto taps = load_vector<kWidth>(argmax + window);
+          const auto gradients = load_vector<kWidth>(grad_output + window);
+#pragma unroll
+          for (int v = 0; v < kWidth; ++v) {
+            if (static_cast<int>(taps[v]) == r * g.kernel_width + s) {
+              sums[v] += to_accumulator(gradients[v]);
+            }
+          }
         }
       }
     }
@@ -225,12 +248,10 @@ void with_vectors(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, Bo
 
 bool is_dilated(const MaxPool2dProblem& p) { return p.dilation_h > 1 || p.dilation_w > 1; }
 
-// The taps a side of an undilated square window that is one of kWindows, or kAnyWindow.
-template <int... kWindows>
-int known_window(const MaxPool2dProblem& p) {
-  const bool known =
-      !is_dilated(p) && p.kernel_height == p.kernel_width && ((p.kernel_width == kWindows) || ...);
-  return known ? static_cast<int>(p.kernel_width) : kAnyWindow;
+// The taps a side of an undilated square window, or kAnyWindow.
+int square_window(const MaxPool2dProblem& p) {
+  return !is_dilated(p) && p.kernel_height == p.kernel_width ? static_cast<int>(p.kernel_width)
+                                                             : kAnyWindow;
 }
 
 template <class T, class Tap, int kWidth, bool kArgmax>
@@ -239,11 +260,13 @@ auto forward_kernel(const MaxPool2dProblem& problem) {
     return windows_forward_kernel<T, Tap, kWidth, kArgmax, kAnyWindow, true>;
   }
   if constexpr (sizeof(Tap) == 1) {
-    switch (known_window<2, 3>(problem)) {
+    switch (square_window(problem)) {
       case 2:
         return windows_forward_kernel<T, Tap, kWidth, kArgmax, 2, false>;
       case 3:
         return windows_forward_kernel<T, Tap, kWidth, kArgmax, 3, false>;
+      case 5:
+        if constexpr (kWidth == 1) return windows_forward_kernel<T, Tap, 1, kArgmax, 5, false>;
     }
   }
   return windows_forward_kernel<T, Tap, kWidth, kArgmax, kAnyWindow, false>;
@@ -251,17 +274,18 @@ auto forward_kernel(const MaxPool2dProblem& problem) {
 
 template <class T, class Tap, int kWidth>
 auto backward_kernel(const MaxPool2dProblem& problem) {
-  if (is_dilated(problem)) return windows_backward_kernel<T, Tap, kWidth, kAnyWindow, true>;
-  if constexpr (sizeof(Tap) == 1 && kWidth == 1) {  // vectors of them all are too many registers
-    const bool every_position = problem.stride_h == 1 && problem.stride_w == 1;
-    switch (every_position ? known_window<3, 5>(problem) : kAnyWindow) {
-      case 3:
-        return windows_backward_kernel<T, Tap, kWidth, 3, false>;
-      case 5:
-        return windows_backward_kernel<T, Tap, kWidth, 5, false>;
-    }
+  if (is_dilated(problem)) return windows_backward_kernel<T, Tap, kWidth, kAnyWindow, 1, true>;
+  if constexpr (sizeof(Tap) == 1 && kWidth == 1) {  // vectors of all taps are too many registers
+    const int window = square_window(problem);
+    const auto has_stride = [&](int64_t s) {
+      return problem.stride_h == s && problem.stride_w == s;
+    };
+    if (window == 2 && has_stride(2)) return windows_backward_kernel<T, Tap, 1, 2, 2, false>;
+    if (window == 3 && has_stride(2)) return windows_backward_kernel<T, Tap, 1, 3, 2, false>;
+    if (window == 3 && has_stride(1)) return windows_backward_kernel<T, Tap, 1, 3, 1, false>;
+    if (window == 5 && has_stride(1)) return windows_backward_kernel<T, Tap, 1, 5, 1, false>;
   }
-  return windows_backward_kernel<T, Tap, kWidth, kAnyWindow, false>;
+  return windows_backward_kernel<T, Tap, kWidth, kAnyWindow, 1, false>;
 }
 
 }  // namespace

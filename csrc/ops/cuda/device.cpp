@@ -9,32 +9,25 @@
 namespace cnnkernels::cuda {
 namespace {
 
-struct KnownDevice {
-  std::once_flag asked;
-  DeviceLimits limits;
-  std::string reason;  // why the kernels do not run on it
-};
-
-const KnownDevice& known(const at::Device& device) {
+const CudaDevice& known(const at::Device& device) {
   constexpr size_t kMostDevices = 128;  // torch's own limit
-  static std::array<KnownDevice, kMostDevices> devices;
+  static std::array<std::once_flag, kMostDevices> asked;
+  static std::array<CudaDevice, kMostDevices> devices;
   const auto index = static_cast<size_t>(std::max<int>(0, device.index()));
   TORCH_CHECK(index < kMostDevices, "device ", device, " has too large an index");
-  KnownDevice& of_index = devices[index];
-  std::call_once(of_index.asked, [&] {
-    const Error error = device_limits(static_cast<int>(index), &of_index.limits);
+  CudaDevice& of_index = devices[index];
+  std::call_once(asked[index], [&] {
+    DeviceLimits& limits = of_index.limits;
+    const Error error = device_limits(static_cast<int>(index), &limits);
     if (error == kSuccess) return;
-    of_index.reason =
-        c10::str("the kernels do not run on device ", device, " of compute capability ",
-                 of_index.limits.compute_capability / 10, ".",
-                 of_index.limits.compute_capability % 10, " (", error_text(error), ")");
+    of_index.reason = c10::str("the kernels do not run on device ", device,
+                               " of compute capability ", limits.compute_capability / 10, ".",
+                               limits.compute_capability % 10, " (", error_text(error), ")");
   });
   return of_index;
 }
 
-const std::string& reason_of(const at::Device& device) { return known(device).reason; }
-
-[[maybe_unused]] const bool is_linked = (cuda_device_reason() = reason_of) != nullptr;
+[[maybe_unused]] const bool is_linked = (cuda_device_of() = known) != nullptr;
 
 }  // namespace
 
