@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,54 @@ class BuildImpossibleError(Exception):
     """The library cannot be built here; the message is the reason, as a sentence for the user."""
 
 
+def links_shared_runtime(command: str) -> bool:
+    """Whether a compiler's libraries use the C++ runtime that is there, as torch's do.
+
+    Two runtimes in one process crash, at the latest where an error's message prints a number.
+    """
+    if sys.platform != "linux":
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text(
+            "#include <sstream>\n"
+            "std::string text(int n) { std::ostringstream s; s << n; return s.str(); }\n",
+            encoding="ascii",
+        )
+        arguments = ["-shared", "-fPIC", str(source), "-o", str(library)]
+        done = subprocess.run([*shlex.split(command), *arguments], capture_output=True, check=False)
+        if done.returncode != 0:
+            return True  # the build will tell what is wrong
+        needed = library.read_bytes()
+    return b"libstdc++.so" in needed or b"libc++.so" in needed
+
+
 def find_compiler() -> str:
-    """Return the C++ compiler's command: ``CXX``, or the first usual name that exists."""
+    """Return the C++ compiler's command: ``CXX``, or the first usual name that will do."""
     chosen = os.environ.get("CXX", "").strip()
-    for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
-        if shutil.which(shlex.split(command)[0]):
+    usual = ["c++", "g++", "clang++"]
+
+    def exists(command: str) -> bool:
+        return shutil.which(shlex.split(command)[0]) is not None
+
+    if not any(map(exists, [chosen] if chosen else usual)):
+        wanted = f"CXX={chosen}" if chosen else "c++, g++ or clang++"
+        raise BuildImpossibleError(f"There is no C++ compiler: {wanted} was not found.")
+    refused: list[str] = []
+    for command in filter(exists, [chosen, *usual] if chosen else usual):
+        if links_shared_runtime(command):
+            if refused:
+                print(
+                    f"note: {command} compiles {PACKAGE}, since {', '.join(refused)} would link a "
+                    "C++ runtime of its own into it, beside torch's.",
+                    file=sys.stderr,
+                )
             return command
-    wanted = f"CXX={chosen}" if chosen else "c++, g++ or clang++"
-    raise BuildImpossibleError(f"There is no C++ compiler: {wanted} was not found.")
+        refused.append(command)
+    raise BuildImpossibleError(
+        f"{', '.join(refused)} would link a C++ runtime of its own into the library, beside "
+        "torch's: CXX must name a compiler that links the shared one."
+    )
 
 
 def check_python_headers() -> None:
@@ -223,6 +264,8 @@ def make_build_library(
     """
 
     class BuildLibrary(torch.utils.cpp_extension.BuildExtension):
+        inplace: Any
+
         def finalize_options(self) -> None:
             super().finalize_options()
             # Always the same folder, so that an editable install rebuilds only what changed, but

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,23 @@ def test_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "does not tell its release" in reason("13.0", silent)
     monkeypatch.setattr(cuda_build, "CUDA_MODE", "0")
     assert "CNNKERNELS_CUDA=0" in reason("13.0", make_home(folder("unwanted")))
+
+
+def test_a_second_runtime_is_refused(tmp_path: Path) -> None:
+    """A compiler that links the C++ runtime into a library makes one that crashes beside torch."""
+    static = tmp_path / "static-g++"
+    static.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n', encoding="ascii")
+    static.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(static), "CNNKERNELS_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"compiles cnnkernels, since {static} would link a C++ runtime" in done.stderr
 
 
 @pytest.mark.parametrize(
