@@ -15,10 +15,10 @@ bool in_planes(const MaxPool2dProblem& p) { return p.layout == Layout::nchw || p
 
 int64_t images(const MaxPool2dProblem& p) { return in_planes(p) ? p.batch * p.channels : p.batch; }
 
-// The least power of two that is not less.
-unsigned power_of_two(int64_t value) {
+// The least power of two that is not less, but at most `most`, which is one.
+unsigned power_of_two(int64_t value, unsigned most) {
   unsigned power = 1;
-  while (power < value) power *= 2;
+  while (power < value && power < most) power *= 2;
   return power;
 }
 
@@ -32,11 +32,10 @@ constexpr int64_t kMostWaves = 4;
 LaunchGrid make_grid(int64_t image_count, int64_t pixels, int64_t channels,
                      const DeviceLimits& limits) {
   LaunchGrid grid;
-  grid.block_x = std::min<unsigned>(kPoolThreads, power_of_two(channels));
-  grid.block_y = std::min<unsigned>(kPoolThreads / grid.block_x, power_of_two(pixels));
+  grid.block_x = power_of_two(channels, kPoolThreads);
+  grid.block_y = power_of_two(pixels, kPoolThreads / grid.block_x);
   const unsigned left = kPoolThreads / (grid.block_x * grid.block_y);
-  grid.block_z =
-      std::min<unsigned>({left, power_of_two(image_count), static_cast<unsigned>(kMostThreadsZ)});
+  grid.block_z = power_of_two(image_count, std::min<unsigned>(left, kMostThreadsZ));
   grid.x = static_cast<unsigned>(ceil_div(pixels, grid.block_y));
   grid.z = static_cast<unsigned>(ceil_div(channels, grid.block_x));
   const int64_t most =
