@@ -306,6 +306,9 @@ class TestPage:
             optimizer_row("25M in 160", 1.9, 1.1, 0.8),
             optimizer_row("4M in 1", 0.1, 0.1, 0.1),
         ]
+        # Against torch's default it is momentum that counts.
+        assert len(verdicts(rows)) == 2
+        rows = [replace(row, mode=f"step, {optimizer.MOMENTUM_RULE}") for row in rows]
         found = {verdict.goal.text: verdict for verdict in verdicts(rows)}
         assert len(found) == 3
         share, foreach, fused = found.values()
