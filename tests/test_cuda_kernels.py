@@ -37,11 +37,13 @@ KERNEL_TESTS = [
     *sorted(KERNELS.glob("*.cu")),
     *sorted(KERNELS.glob("*.cpp")),
     *(CASES / f"{name}.cpp" for name in ("cases", "problems", "reference")),
+    PROGRAM / "conv2d_tests.cpp",
     PROGRAM / "kernel_tests.cpp",
     PROGRAM / "plan_tests.cpp",
 ]
 BUILDS = {"plain": ["-O1"], "sanitized": SANITIZE}
-CASES_OF_A_RUN = 300
+# Of poolings, of steps and of plans; and of convolutions, each of which runs every kernel.
+CASES_OF_A_RUN, CONVOLUTIONS_OF_A_RUN = 300, 24
 
 
 @dataclass
@@ -76,10 +78,11 @@ class Programs:
         return [str(self.link([EMULATOR_TESTS], name, replacements))]
 
     def kernel_tests(
-        self, name: str, cases: int, replaced: dict[Path, Path] | None = None
+        self, name: str, cases: int, convolutions: int, replaced: dict[Path, Path] | None = None
     ) -> list[str]:
         """The command that tests the kernels."""
-        return [str(self.link(KERNEL_TESTS, name, replaced or {})), str(cases), "1"]
+        program = self.link(KERNEL_TESTS, name, replaced or {})
+        return [str(program), str(cases), str(convolutions), "1"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,8 @@ def test_the_emulator(build: Programs) -> None:
 
 @pytest.mark.parametrize("build", BUILDS, indirect=True)
 def test_kernels_match_naive_loops(build: Programs) -> None:
-    check_passes(build.kernel_tests("kernel_tests", CASES_OF_A_RUN), 20 * CASES_OF_A_RUN)
+    command = build.kernel_tests("kernel_tests", CASES_OF_A_RUN, CONVOLUTIONS_OF_A_RUN)
+    check_passes(command, 20 * CASES_OF_A_RUN)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,10 @@ class Mistake:
 STEP = KERNELS / "gradient_step.cu"
 STRIPS = KERNELS / "max_pool2d_strips.cu"
 WINDOWS = KERNELS / "max_pool2d_windows.cu"
+DIRECT = KERNELS / "conv2d_direct.cu"
+GEMM = KERNELS / "conv2d_implicit_gemm.cu"
+WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
+DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
 WINNER = KERNELS / "max_pool2d_device.cuh"
@@ -199,6 +207,12 @@ MISTAKES = [
             build="sanitized"),
     Mistake("winners: the last of equals", WINNER, "other > value", "other >= value"),
     Mistake("winners: no NaN", WINNER, " || other != other", ""),
+    Mistake("direct: no barrier before reading", DIRECT, "__syncthreads();", "", nth=-1),
+    Mistake("implicit GEMM: no wait", GEMM, "cp_async_wait<kStages - 2>();", ""),
+    Mistake("implicit GEMM: no barrier", GEMM, "__syncthreads();", ""),
+    Mistake("implicit GEMM: a lane is left out", GEMM, "0xffffffffu", "0x7fffffffu"),
+    Mistake("weight gradient: no barrier before reading", WEIGHT, "__syncthreads();", "", nth=1),
+    Mistake("depthwise: no barrier", DEPTHWISE, "__syncthreads();", ""),
     Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),
     Mistake("sum: no barrier before writing", SUM, "__syncthreads();", "", nth=-1),
     Mistake("sum: a lane is left out", SUM, "(kAllLanes, value", "(kAllLanes >> 1, value"),
@@ -258,7 +272,9 @@ def test_mistakes_are_found(build: Programs, mistake: Mistake, mistaken: dict[st
         command = build.emulator_tests(made.stem, made)
     else:
         source = WINDOWS if mistake.file == WINNER else mistake.file
-        command = build.kernel_tests(made.stem, 100, {source: made})
+        of_convolution = mistake.file in (DIRECT, GEMM, WEIGHT, DEPTHWISE)
+        cases, convolutions = (0, 12) if of_convolution else (100, 0)
+        command = build.kernel_tests(made.stem, cases, convolutions, {source: made})
     done = run(command)
     assert done.returncode != 0, f"nothing sees it:\n{done.stdout}"
     # It is the checks that see it, or a sanitizer, and not the system that ends the program.

@@ -869,6 +869,11 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
       });
 }
 
+inline uint32_t to_tf32(uint32_t bits) {
+  const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return is_finite ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, CUDA_EMULATOR_SITE) {
   emulated::ldmatrix("ldmatrix.x4", {file, line}, r, row, false);
 }

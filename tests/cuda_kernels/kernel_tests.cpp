@@ -1,6 +1,6 @@
 // Checks every CUDA kernel on the emulator against naive loops in double, and the plans.
 //
-//   usage: PROGRAM CASES SEED
+//   usage: PROGRAM CASES CONVOLUTIONS SEED
 //
 // Numbers are so small that all results are exact: they must be equal.
 #include <cmath>
@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "cases.h"
+#include "conv2d_tests.h"
 #include "kernels/cuda/gradient_step.h"
 #include "kernels/cuda/max_pool2d.h"
 #include "plan_tests.h"
@@ -239,12 +240,12 @@ void check_gradient_step(Random& random) {
 
 int main(int argc, char** argv) {
   using namespace cuda_kernel_tests;
-  if (argc != 3) {
-    std::fprintf(stderr, "usage: %s CASES SEED\n", argv[0]);
+  if (argc != 4) {
+    std::fprintf(stderr, "usage: %s CASES CONVOLUTIONS SEED\n", argv[0]);
     return 2;
   }
-  const long cases = std::atol(argv[1]);
-  Random random(std::strtoull(argv[2], nullptr, 10));
+  const long cases = std::atol(argv[1]), convolutions = std::atol(argv[2]);
+  Random random(std::strtoull(argv[3], nullptr, 10));
   try {
     check_architectures();
     for (long i = 0; i < cases; ++i) {
@@ -254,6 +255,7 @@ int main(int argc, char** argv) {
       check_foreign_argmax(random);
       check_gradient_step(random);
     }
+    for (long i = 0; i < convolutions; ++i) check_conv2d(random);
   } catch (const cuda_emulator::Error& error) {
     kernel_tests::expect(false, error.what());
   }

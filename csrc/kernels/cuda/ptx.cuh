@@ -53,6 +53,13 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// A float as bits, rounded to the nearest that a product takes whole, away from zero in ties.
+__device__ inline uint32_t to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
 // Four 8x8 matrices of 16-bit elements: lane 8 i + j brings the address of row j of matrix i, of 16
 // bytes in shared memory; r[i] is row l / 4, columns 2 (l % 4) and the next, of matrix i.
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
