@@ -37,6 +37,7 @@ KERNEL_TESTS = [
     *sorted(KERNELS.glob("*.cu")),
     *sorted(KERNELS.glob("*.cpp")),
     *(CASES / f"{name}.cpp" for name in ("cases", "problems", "reference")),
+    PROGRAM / "conv2d_block_tests.cpp",
     PROGRAM / "conv2d_tests.cpp",
     PROGRAM / "kernel_tests.cpp",
     PROGRAM / "plan_tests.cpp",
@@ -147,12 +148,21 @@ STEP = KERNELS / "gradient_step.cu"
 STRIPS = KERNELS / "max_pool2d_strips.cu"
 WINDOWS = KERNELS / "max_pool2d_windows.cu"
 DIRECT = KERNELS / "conv2d_direct.cu"
-GEMM = KERNELS / "conv2d_implicit_gemm.cu"
+GEMM = KERNELS / "conv2d_implicit_gemm.cuh"
+PATCH = KERNELS / "source_patch.cuh"
+RESULTS = KERNELS / "tile_results.cuh"
 WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
 DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
 WINNER = KERNELS / "max_pool2d_device.cuh"
+# The source in which a header's mistake is made.
+SOURCE_OF = {
+    WINNER: WINDOWS,
+    GEMM: KERNELS / "conv2d_implicit_gemm_tf32_parts.cu",
+    PATCH: KERNELS / "conv2d_implicit_gemm_tf32_parts.cu",
+    RESULTS: KERNELS / "conv2d_implicit_gemm_tf32_parts.cu",
+}
 
 MISTAKES = [
     Mistake("step: stores past the end", STEP, "if (i >= end) break;", "", nth=1,
@@ -208,9 +218,46 @@ MISTAKES = [
     Mistake("winners: the last of equals", WINNER, "other > value", "other >= value"),
     Mistake("winners: no NaN", WINNER, " || other != other", ""),
     Mistake("direct: no barrier before reading", DIRECT, "__syncthreads();", "", nth=-1),
-    Mistake("implicit GEMM: no wait", GEMM, "cp_async_wait<kStages - 2>();", ""),
-    Mistake("implicit GEMM: no barrier", GEMM, "__syncthreads();", ""),
-    Mistake("implicit GEMM: a lane is left out", GEMM, "0xffffffffu", "0x7fffffffu"),
+    Mistake("direct: no barrier before staging", DIRECT,
+            "__syncthreads();  // the last slice is multiplied", ""),
+    Mistake("direct: no barrier before pooling", DIRECT,
+            "__syncthreads();  // all results are staged", ""),
+    Mistake("implicit GEMM: no wait", GEMM, "cp_async_wait<kAhead - 1>();", ""),
+    Mistake("implicit GEMM: waits for too few", GEMM, "cp_async_wait<kAhead - 1>();",
+            "cp_async_wait<kAhead>();"),
+    Mistake("implicit GEMM: no barrier in a step", GEMM,
+            "__syncthreads();  // the step's copies are there", ""),
+    Mistake("implicit GEMM: no barrier after the places", GEMM,
+            "__syncthreads();  // the pixels' places are there", ""),
+    Mistake("implicit GEMM: no barrier before staging", GEMM,
+            "__syncthreads();  // all is multiplied", ""),
+    Mistake("implicit GEMM: no barrier after staging", GEMM,
+            "__syncthreads();  // all results are staged", ""),
+    Mistake("implicit GEMM: slabs of one buffer", GEMM, "layout.slab_count = patch_slab_count",
+            "layout.slab_count = 0 * patch_slab_count"),
+    Mistake("implicit GEMM: weights of channels past the last", GEMM,
+            " && channel < pass.source_channels", "", build="sanitized"),
+    Mistake("implicit GEMM: bias of channels past the last", GEMM,
+            "if (column >= channels) continue;", "", build="sanitized"),
+    Mistake("implicit GEMM: parts of infinities", GEMM, " || result == result", " || true"),
+    Mistake("patch: images past the last", PATCH, "tile.image + image < pass.images &&", "",
+            build="sanitized"),
+    Mistake("patch: rows outside of the image", PATCH,
+            "static_cast<unsigned>(row) < static_cast<unsigned>(pass.source_height) &&", ""),
+    Mistake("patch: channels past the last", PATCH, " && channel + e < channels", "",
+            build="sanitized"),
+    Mistake("patch: chunks past the last", PATCH, " && channel < channels", "",
+            build="sanitized"),
+    Mistake("results: of pixels outside", RESULTS, "!at.exists || ", "", build="sanitized"),
+    Mistake("results: of channels past the last", RESULTS, " || channel >= channels", "",
+            build="sanitized"),
+    Mistake("pooled: rows outside of the image", RESULTS,
+            "static_cast<unsigned>(tile.row + row) >= static_cast<unsigned>(phase.rows)", "false"),
+    Mistake("pooled: columns outside of the image", RESULTS,
+            "static_cast<unsigned>(tile.column + column) >= static_cast<unsigned>(phase.columns)",
+            "false"),
+    Mistake("pooled: windows past the last", RESULTS, "y >= pool.rows ||", ""),
+    Mistake("pooled: what is clipped wins", RESULTS, "!(winner.value <= 0)", "true"),
     Mistake("weight gradient: no barrier before reading", WEIGHT, "__syncthreads();", "", nth=1),
     Mistake("depthwise: no barrier", DEPTHWISE, "__syncthreads();", ""),
     Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),
@@ -237,8 +284,8 @@ def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
         # The file beside the source is found first, so that the source comes along.
         source = folder / EMULATOR_TESTS.name
         source.write_text(EMULATOR_TESTS.read_text(encoding="utf-8"), encoding="utf-8")
-    elif mistake.file == WINNER:
-        source = WINDOWS
+    elif mistake.file in SOURCE_OF:
+        source = SOURCE_OF[mistake.file]
         nested = folder / "kernels" / "cuda"
         nested.mkdir(parents=True)
         own.rename(nested / own.name)
@@ -271,8 +318,8 @@ def test_mistakes_are_found(build: Programs, mistake: Mistake, mistaken: dict[st
     if mistake.file in (SUM, PRODUCT):
         command = build.emulator_tests(made.stem, made)
     else:
-        source = WINDOWS if mistake.file == WINNER else mistake.file
-        of_convolution = mistake.file in (DIRECT, GEMM, WEIGHT, DEPTHWISE)
+        source = SOURCE_OF.get(mistake.file, mistake.file)
+        of_convolution = source.name.startswith("conv2d")
         cases, convolutions = (0, 12) if of_convolution else (100, 0)
         command = build.kernel_tests(made.stem, cases, convolutions, {source: made})
     done = run(command)

@@ -23,6 +23,8 @@ using kernel_tests::Random;
 using kernel_tests::Tensor;
 
 const Dims kVector = {1, 1, 1, 1};
+// Of a block of an H100.
+constexpr int64_t kSharedBytes = 227 * 1024;
 
 // Few products, in vectors of channels often enough.
 Conv2dProblem random_problem(Random& random) {
@@ -109,26 +111,33 @@ void check_all(Random& random, const Case& c) {
   const Memory bias(c.element, c.bias, kVector, c.placement);
   const ConvolutionPass forward = cuda::forward_pass(p);
   const int parts = static_cast<int>(random.between(1, 4));
-  const GemmChoice choice = {
-      random.chance(50) ? 64 : 128, false,
-      random.chance(50) ? TensorProducts::tf32 : TensorProducts::exact_parts};
+  const int rows = random.chance(50) ? 64 : 128;
+  const int columns = rows == 128 && random.chance(50) ? 128 : 64;
+  const TensorProducts products =
+      random.chance(50) ? TensorProducts::tf32 : TensorProducts::exact_parts;
+  const GemmChoice choice = cuda::make_gemm_choice(forward, p.dtype, rows, columns, products, 1);
 
   check_passes(c, input, grad_output, bias, "direct",
                [&](const ConvolutionPass& pass, const void* source, const void* added, void* result,
                    bool relu) {
                  cuda::direct_pass(p.dtype, pass, source, weight.data(), added, result, relu,
-                                   nullptr);
+                                   c.alignment(), nullptr, nullptr, nullptr);
                });
   if (p.dtype != DType::float64) {
     check_passes(c, input, grad_output, bias, "implicit GEMM",
                  [&](const ConvolutionPass& pass, const void* source, const void* added,
                      void* result, bool relu) {
-                   GemmChoice own = choice;
-                   own.contiguous =
-                       cuda::chunks_are_contiguous(pass, c.element_bytes(), c.alignment());
-                   const Scratch packed(cuda::packed_weight_bytes(pass, c.element_bytes()));
+                   const GemmChoice own = cuda::make_gemm_choice(pass, p.dtype, rows, columns,
+                                                                 products, c.alignment());
+                   if (cuda::gemm_shared_bytes(pass, p.dtype, own, nullptr) > kSharedBytes) {
+                     cuda::direct_pass(p.dtype, pass, source, weight.data(), added, result, relu, 1,
+                                       nullptr, nullptr, nullptr);
+                     return;
+                   }
+                   const Scratch packed(
+                       own.packs_weights ? cuda::packed_weight_bytes(pass, c.element_bytes()) : 0);
                    cuda::implicit_gemm_pass(p.dtype, own, pass, source, weight.data(), added,
-                                            result, relu, packed.data(), nullptr);
+                                            result, relu, nullptr, nullptr, packed.data(), nullptr);
                    kernel_tests::expect(packed.guards_intact(), "packed weights stay in bounds");
                  });
   }
@@ -177,10 +186,7 @@ void check_all(Random& random, const Case& c) {
 
 void check_conv2d(Random& random) {
   const Case c(random, random_problem(random));
-  using Order = cuda_emulator::Schedule::Order;
-  constexpr Order kOrders[] = {Order::forward, Order::reverse, Order::shuffled};
-  cuda_emulator::schedule() = {kOrders[random.between(0, 2)],
-                               static_cast<uint32_t>(random.between(0, 1000))};
+  use_random_schedule(random);
   kernel_tests::set_context(kernel_tests::describe(c.problem));
   check_all(random, c);
   cuda_emulator::schedule() = {};

@@ -81,7 +81,7 @@ inline Schedule& schedule() {
 // What a launch may ask for; those of an H100.
 struct Limits {
   size_t static_shared_bytes = 48 * 1024;
-  size_t dynamic_shared_bytes = 48 * 1024;  // more only for a kernel that has asked, as none does
+  size_t dynamic_shared_bytes = 227 * 1024;  // launch() asks for what a kernel needs
   size_t shared_bytes = 227 * 1024;
 };
 inline Limits& limits() {
@@ -781,6 +781,14 @@ float element(uint32_t pair, int half) {
   return widen(T{static_cast<uint16_t>(pair >> (16 * half))});
 }
 
+// The nearest float that is not farther from zero.
+inline float toward_zero(double value) {
+  const auto nearest = static_cast<float>(value);
+  return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(value)
+             ? std::nextafter(nearest, 0.0f)
+             : nearest;
+}
+
 // d += a b for a_at(lane's operand, row, column) and b_at alike, of kDepth products a sum.
 template <int kDepth, class AAt, class BAt>
 void mma(const char* name, cuda_emulator::Site site, float (&d)[4], const uint32_t (&a)[4],
@@ -798,7 +806,7 @@ void mma(const char* name, cuda_emulator::Site site, float (&d)[4], const uint32
             for (int k = 0; k < kDepth; ++k) {
               sum += static_cast<double>(a_at(lanes, row, k)) * b_at(lanes, k, column);
             }
-            cuda_emulator::result_of<Sums>(own).values[i] = static_cast<float>(sum);
+            cuda_emulator::result_of<Sums>(own).values[i] = toward_zero(sum);
           }
         }
       });

@@ -255,7 +255,12 @@ int main(int argc, char** argv) {
       check_foreign_argmax(random);
       check_gradient_step(random);
     }
-    for (long i = 0; i < convolutions; ++i) check_conv2d(random);
+    check_conv2d_accuracy(random);
+    for (long i = 0; i < convolutions; ++i) {
+      check_conv2d(random);
+      check_conv2d_specials(random);
+      check_block(random);
+    }
   } catch (const cuda_emulator::Error& error) {
     kernel_tests::expect(false, error.what());
   }

@@ -95,12 +95,12 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
     if (rows.tiles == 1 && columns.tiles == 1) {
       images = std::min(pass.images, most_results / (rows.results * columns.results));
     }
-    const double pixels = static_cast<double>(images) *
-                          patch_extent(rows.results, patch.result_step_h, largest_range.first_row,
-                                       largest_range.last_row, patch.source_step_h) *
-                          patch_extent(columns.results, patch.result_step_w,
-                                       largest_range.first_column, largest_range.last_column,
-                                       patch.source_step_w);
+    const double pixels =
+        static_cast<double>(images) *
+        patch_extent(rows.results, patch.result_step_h, largest_range.first_row,
+                     largest_range.last_row, patch.source_step_h) *
+        patch_extent(columns.results, patch.result_step_w, largest_range.first_column,
+                     largest_range.last_column, patch.source_step_w);
     const double products = static_cast<double>(most_results) * std::max(1, largest.taps) *
                             (columns.results % 8 == 0 ? 1 : kBrokenRowCost);
     const double cost = static_cast<double>(ceil_div(pass.images, images)) * rows.tiles *
@@ -117,6 +117,7 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
     }
     if (columns.results < 8) break;
   }
+  patch.results = patch.images * patch.rows * patch.columns;
   const int windows_down = patch.step_rows / static_cast<int>(stride_h);
   const int windows_across = patch.step_columns / static_cast<int>(stride_w);
   for (int i = 0; i < pass.phase_count && patch.images > 0; ++i) {
@@ -136,21 +137,25 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
     patch.pixels = std::max(patch.pixels, patch.images * own.height * own.width);
     for (int t = phase.first_tap; t < phase.first_tap + phase.taps; ++t) {
       const PassTap tap = pass.taps[t];
-      patch.taps[t].pixel =
-          (tap.row - range.first_row) / patch.source_step_h * own.width +
-          (tap.column - range.first_column) / patch.source_step_w;
-      patch.taps[t].weight =
-          static_cast<int>(tap.index / pass.kernel_width * pass.weight_stride_r +
-                           tap.index % pass.kernel_width * pass.weight_stride_s);
+      patch.taps[t].pixel = (tap.row - range.first_row) / patch.source_step_h * own.width +
+                            (tap.column - range.first_column) / patch.source_step_w;
+      patch.taps[t].weight = static_cast<int>(tap.index / pass.kernel_width * pass.weight_stride_r +
+                                              tap.index % pass.kernel_width * pass.weight_stride_s);
     }
   }
   return patch;
 }
 
+bool pools_in_block(const MaxPool2dProblem& p) {
+  return p.kernel_height == p.kernel_width && (p.kernel_width == 2 || p.kernel_width == 3) &&
+         p.stride_h == 2 && p.stride_w == 2 && p.dilation_h == 1 && p.dilation_w == 1 &&
+         p.pad_top == p.pad_left;
+}
+
 bool patch_is_addressable(const ConvolutionPass& pass, const SourcePatch& patch) {
   constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
-  const int64_t image = pass.source_stride_h * pass.source_height +
-                        pass.source_stride_w * pass.source_width;
+  const int64_t image =
+      pass.source_stride_h * pass.source_height + pass.source_stride_w * pass.source_width;
   return patch.images > 0 && pass.source_stride_n * (patch.images - 1) + image <= kMost &&
          pass.kernel_height * pass.weight_stride_r + pass.kernel_width * pass.weight_stride_s <=
              kMost;

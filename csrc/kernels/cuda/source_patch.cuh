@@ -58,7 +58,7 @@ __device__ inline TileResult tile_result(const ConvolutionPass& pass, const Sour
                                          const PatchTile& tile, int local) {
   const PassPhase& phase = pass.phases[tile.phase];
   const PatchPhase& own = patch.phases[tile.phase];
-  const bool inside = local < patch.results();
+  const bool inside = local < patch.results;
   if (!inside) local = 0;
   TileResult at;
   at.column = local % patch.columns;
@@ -81,17 +81,17 @@ __device__ inline void find_patch_pixels(const ConvolutionPass& pass, const Sour
   const int pixels = patch.images * own.height * own.width;
   for (int i = static_cast<int>(threadIdx.x); i < pixels; i += kThreads) {
     const int image = i / own.width / own.height;
-    const int row = tile.row * pass.source_step_h + own.row +
-                    i / own.width % own.height * patch.source_step_h;
+    const int row =
+        tile.row * pass.source_step_h + own.row + i / own.width % own.height * patch.source_step_h;
     const int column =
         tile.column * pass.source_step_w + own.column + i % own.width * patch.source_step_w;
     const bool inside = tile.image + image < pass.images &&
                         static_cast<unsigned>(row) < static_cast<unsigned>(pass.source_height) &&
                         static_cast<unsigned>(column) < static_cast<unsigned>(pass.source_width);
-    offsets[i] = inside ? static_cast<int>(image * pass.source_stride_n +
-                                           row * pass.source_stride_h +
-                                           column * pass.source_stride_w)
-                        : kOutside;
+    offsets[i] = inside
+                     ? static_cast<int>(image * pass.source_stride_n + row * pass.source_stride_h +
+                                        column * pass.source_stride_w)
+                     : kOutside;
   }
 }
 

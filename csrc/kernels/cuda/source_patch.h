@@ -21,23 +21,25 @@ struct PatchTap {
 struct PatchPhase {
   int tiles_down, tiles_across;  // of the results of an image
   int first_tile;                // tiles are numbered through all phases
-  int row, column;               // the patch's first source pixel, from that of the tile's first result
-  int height, width;             // of an image's patch
+  int row, column;    // the patch's first source pixel, from that of the tile's first result
+  int height, width;  // of an image's patch
 };
 
 struct SourcePatch {
-  int images, rows, columns;      // results of a tile
-  int step_rows, step_columns;    // results from tile to tile: fewer where pooling windows overlap
-  int first_row, first_column;    // of the first tile's results: before the image with pool padding
+  int images, rows, columns;    // of the results of a tile
+  int results;                  // all of them
+  int step_rows, step_columns;  // results from tile to tile: fewer where pooling windows overlap
+  int first_row, first_column;  // of the first tile's results: before the image with pool padding
   int source_step_h, source_step_w;  // source pixels between neighbours of the patch
   int result_step_h, result_step_w;  // pixels of the patch between neighbouring results
   int64_t tiles;                     // of all phases
   int pixels;                        // of the largest phase's patch
   PatchPhase phases[kMostPassPhases];
   PatchTap taps[kMostPassTaps];
-
-  constexpr int results() const { return images * rows * columns; }
 };
+
+// Whether the blocks of a convolution pool their results: square windows of 2x2 or 3x3 at stride 2.
+bool pools_in_block(const MaxPool2dProblem& pool);
 
 // The tile of at most so many results that takes the least work, as a pure function. With a pool,
 // which is undilated, tiles are of whole windows; without one `pool` is null.
