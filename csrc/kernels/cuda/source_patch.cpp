@@ -73,7 +73,7 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
   const PassPhase& largest = pass.phases[0];
   const TapRange largest_range = tap_range(pass, largest);
   const int64_t kernel_h = pool ? pool->kernel_height : 1, kernel_w = pool ? pool->kernel_width : 1;
-  const int64_t stride_h = pool ? pool->stride_h : 1, stride_w = pool ? pool->stride_w : 1;
+  const int64_t stride = pool ? kBlockPoolStride : 1;
   const int64_t pad_h = pool ? pool->pad_top : 0, pad_w = pool ? pool->pad_left : 0;
   const auto units_down = [&](const PassPhase& phase) {
     return pool ? static_cast<int>(pool->out_height) : phase.rows;
@@ -84,13 +84,13 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
   double least = std::numeric_limits<double>::infinity();
   for (int cuts = 1; cuts <= units_across(largest); ++cuts) {
     const int across = static_cast<int>(ceil_div(units_across(largest), cuts));
-    const TileAxis columns = cut_axis(units_across(largest), across, kernel_w, stride_w, pad_w);
+    const TileAxis columns = cut_axis(units_across(largest), across, kernel_w, stride, pad_w);
     const int most_rows = most_results / columns.results;
     if (most_rows < kernel_h) continue;
-    const int fitting = static_cast<int>((most_rows - kernel_h) / stride_h) + 1;
+    const int fitting = static_cast<int>((most_rows - kernel_h) / stride) + 1;
     const int down_tiles = static_cast<int>(ceil_div(units_down(largest), fitting));
     const int down = static_cast<int>(ceil_div(units_down(largest), down_tiles));
-    const TileAxis rows = cut_axis(units_down(largest), down, kernel_h, stride_h, pad_h);
+    const TileAxis rows = cut_axis(units_down(largest), down, kernel_h, stride, pad_h);
     int images = 1;
     if (rows.tiles == 1 && columns.tiles == 1) {
       images = std::min(pass.images, most_results / (rows.results * columns.results));
@@ -118,8 +118,8 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
     if (columns.results < 8) break;
   }
   patch.results = patch.images * patch.rows * patch.columns;
-  const int windows_down = patch.step_rows / static_cast<int>(stride_h);
-  const int windows_across = patch.step_columns / static_cast<int>(stride_w);
+  const int windows_down = patch.step_rows / static_cast<int>(stride);
+  const int windows_across = patch.step_columns / static_cast<int>(stride);
   for (int i = 0; i < pass.phase_count && patch.images > 0; ++i) {
     const PassPhase& phase = pass.phases[i];
     const TapRange range = tap_range(pass, phase);
@@ -147,9 +147,13 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
 }
 
 bool pools_in_block(const MaxPool2dProblem& p) {
+  // The stride of a single window is set to 1 on the way here, and is none.
+  const auto halves = [](int64_t stride, int64_t windows) {
+    return stride == kBlockPoolStride || windows == 1;
+  };
   return p.kernel_height == p.kernel_width && (p.kernel_width == 2 || p.kernel_width == 3) &&
-         p.stride_h == 2 && p.stride_w == 2 && p.dilation_h == 1 && p.dilation_w == 1 &&
-         p.pad_top == p.pad_left;
+         halves(p.stride_h, p.out_height) && halves(p.stride_w, p.out_width) && p.dilation_h == 1 &&
+         p.dilation_w == 1 && p.pad_top == p.pad_left;
 }
 
 bool patch_is_addressable(const ConvolutionPass& pass, const SourcePatch& patch) {

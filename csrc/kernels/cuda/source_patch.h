@@ -40,6 +40,7 @@ struct SourcePatch {
 
 // Whether the blocks of a convolution pool their results: square windows of 2x2 or 3x3 at stride 2.
 bool pools_in_block(const MaxPool2dProblem& pool);
+constexpr int kBlockPoolStride = 2;
 
 // The tile of at most so many results that takes the least work, as a pure function. With a pool,
 // which is undilated, tiles are of whole windows; without one `pool` is null.

@@ -22,15 +22,15 @@ struct ResultTarget {
 
 // Of square windows of 2x2 or 3x3.
 struct BlockPool {
-  int kernel, stride, pad;
+  int kernel, pad;
   int rows, columns;  // of the pooled planes
   uint8_t* argmax;    // may be null; as the pooled result lies
 };
 
 inline BlockPool block_pool(const MaxPool2dProblem& pool, void* argmax) {
-  return {static_cast<int>(pool.kernel_height), static_cast<int>(pool.stride_h),
-          static_cast<int>(pool.pad_top),       static_cast<int>(pool.out_height),
-          static_cast<int>(pool.out_width),     static_cast<uint8_t*>(argmax)};
+  return {static_cast<int>(pool.kernel_height), static_cast<int>(pool.pad_top),
+          static_cast<int>(pool.out_height), static_cast<int>(pool.out_width),
+          static_cast<uint8_t*>(argmax)};
 }
 
 // A pass whose results are pooled: its strides are the pooled tensor's.
@@ -131,11 +131,11 @@ __device__ inline void pool_tile(const ConvolutionPass& pass, const SourcePatch&
                                  int first_channel, int channels) {
   using A = Accumulator<T>;
   const PassPhase& phase = pass.phases[tile.phase];
-  const int windows_down = patch.step_rows / pool.stride;
-  const int windows_across = patch.step_columns / pool.stride;
+  const int windows_down = patch.step_rows / kBlockPoolStride;
+  const int windows_across = patch.step_columns / kBlockPoolStride;
   const int windows = patch.images * windows_down * windows_across;
-  const int first_row = (tile.row + pool.pad) / pool.stride;
-  const int first_column = (tile.column + pool.pad) / pool.stride;
+  const int first_row = (tile.row + pool.pad) / kBlockPoolStride;
+  const int first_column = (tile.column + pool.pad) / kBlockPoolStride;
   for (int i = static_cast<int>(threadIdx.x); i < windows * kChannels; i += kThreads) {
     const int window = staged.planes ? i % windows : i / kChannels;
     const int channel = staged.planes ? i / windows : i % kChannels;
@@ -148,10 +148,10 @@ __device__ inline void pool_tile(const ConvolutionPass& pass, const SourcePatch&
     }
     Winner<A> winner = {minus_infinity<A>(), 0};
     for (int r = 0; r < pool.kernel; ++r) {
-      const int row = down * pool.stride + r;
+      const int row = down * kBlockPoolStride + r;
       if (static_cast<unsigned>(tile.row + row) >= static_cast<unsigned>(phase.rows)) continue;
       for (int s = 0; s < pool.kernel; ++s) {
-        const int column = across * pool.stride + s;
+        const int column = across * kBlockPoolStride + s;
         if (static_cast<unsigned>(tile.column + column) >= static_cast<unsigned>(phase.columns)) {
           continue;
         }
