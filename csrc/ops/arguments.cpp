@@ -3,12 +3,15 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/DimVector.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/relu.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <limits>
 
 #include "kernels/cuda/max_pool2d.h"
+#include "ops/dispatch.h"
 
 namespace cnnkernels {
 namespace {
@@ -129,6 +132,11 @@ CudaDeviceOf& cuda_device_of() {
   return device_of;
 }
 
+CudaConv2dPlanner& cuda_conv2d_planner() {
+  static CudaConv2dPlanner planner = nullptr;
+  return planner;
+}
+
 std::string not_native(const at::Tensor& tensor, Devices devices) {
   const at::Device device = tensor.device();
   if (devices == Devices::cpu_and_cuda && device.is_cuda() && cuda_device_of() != nullptr) {
@@ -148,6 +156,46 @@ std::string not_native(const at::Tensor& tensor, Devices devices) {
     default:
       return std::string("dtype ") + c10::toString(tensor.scalar_type());
   }
+}
+
+std::string conv2d_not_native(const at::Tensor& input, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, Devices devices) {
+  TORCH_CHECK(weight.device() == input.device(),
+              "conv2d: input and weight must be on the same device, but got input on ",
+              input.device(), " and weight on ", weight.device());
+  TORCH_CHECK(!has_value(bias) || bias->device() == input.device(),
+              "conv2d: input and bias must be on the same device, but got input on ",
+              input.device(), " and bias on ", has_value(bias) ? bias->device() : input.device());
+  std::string reason = not_native(input, devices);
+  if (reason.empty() && has_value(bias)) reason = not_native(*bias, devices);
+  if (reason.empty()) reason = not_native(weight, devices);
+  if (!reason.empty() || input.dim() < 3) return reason;
+  for (int64_t axis = input.dim() - 3; axis < input.dim(); ++axis) {
+    // Symbolic sizes stay symbolic, or an export would fix a dynamic one.
+    if (TORCH_GUARD_OR_FALSE(input.sym_size(axis).sym_eq(0))) return "input has no elements";
+  }
+  return "";
+}
+
+std::string conv2d_not_native(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const std::string reason = conv2d_not_native(input, weight, bias, Devices::cpu_and_cuda);
+  const auto is_symbolic = [](const at::Tensor& tensor) {
+    return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  if (!reason.empty() || input.is_cpu() || is_symbolic(input) || is_symbolic(weight)) return reason;
+  check_input_dimensions(op, input);
+  return cuda::conv2d_not_native(
+      conv_problem(op, input.dim() == 3 ? input.unsqueeze(0) : input, weight, bias,
+                   conv_arguments(op, stride, padding, dilation, groups)));
+}
+
+at::Tensor composed_conv2d(bool relu, const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const at::Tensor convolved = at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  return relu ? at::relu(convolved) : convolved;
 }
 
 std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
@@ -219,10 +267,16 @@ void check_input_dimensions(const char* op, const at::Tensor& input) {
 
 namespace {
 
-// torch.backends.mkldnn.conv.fp32_precision, or what it inherits; where that is not set,
-// the precision of matrix products, which torch.set_float32_matmul_precision sets.
-Float32Precision float32_precision() {
+// On CUDA as torch asks for its own convolutions: torch.backends.cudnn.conv.fp32_precision, or
+// what it inherits, and the older allow_tf32. On the CPU torch.backends.mkldnn.conv.fp32_precision,
+// or what it inherits; where that is not set, the precision of matrix products, which
+// torch.set_float32_matmul_precision sets.
+Float32Precision float32_precision(const at::Device& device) {
   const at::Context& context = at::globalContext();
+  if (device.is_cuda()) {
+    return context.allowTF32CuDNN(at::Float32Op::CONV) ? Float32Precision::high
+                                                       : Float32Precision::highest;
+  }
   at::Float32Precision precision =
       context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::CONV);
   if (precision == at::Float32Precision::NONE) {
@@ -289,7 +343,7 @@ Conv2dProblem conv_problem(const char* op, const at::Tensor& input, const at::Te
   problem.dilation_w = arguments.dilation[1];
   problem.dtype = dtype_of(input);
   problem.layout = conv_layout(input, weight);
-  problem.precision = float32_precision();
+  problem.precision = float32_precision(input.device());
   set_weight_strides(problem, weight);
   int64_t out[2];
   for (int axis = 0; axis < 2; ++axis) {

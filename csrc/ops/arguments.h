@@ -11,7 +11,7 @@
 #include <string_view>
 
 #include "kernels/conv2d_relu_max_pool2d.h"
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/conv2d.h"
 
 namespace cnnkernels {
 
@@ -46,7 +46,7 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
                              at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode,
                              const PoolNames& names = {});
 
-// Where an operator has kernels: poolings and steps also on CUDA, in a library built with it.
+// Where an operator has kernels: all but the fused block also on CUDA, in a library built with it.
 enum class Devices { cpu, cpu_and_cuda };
 
 // A CUDA device, as far as it matters here.
@@ -59,15 +59,23 @@ struct CudaDevice {
 using CudaDeviceOf = const CudaDevice& (*)(const at::Device&);
 CudaDeviceOf& cuda_device_of();
 
+// The planner of CUDA's convolutions, and null likewise.
+using CudaConv2dPlanner = decltype(&cuda::plan_conv2d);
+CudaConv2dPlanner& cuda_conv2d_planner();
+
 // Why the native kernels do not take a tensor; empty if they do.
 std::string not_native(const at::Tensor& tensor, Devices devices = Devices::cpu);
 
 // The same for a pooling of this input, whose windows must each hold an element.
 std::string not_native(const at::Tensor& input, const PoolArguments& pool);
 
-// The same for a convolution.
+// The same for a convolution of these tensors, and for all of its arguments, which are checked
+// where the device's kernels have limits.
 std::string conv2d_not_native(const at::Tensor& input, const at::Tensor& weight,
-                              const std::optional<at::Tensor>& bias);
+                              const std::optional<at::Tensor>& bias, Devices devices);
+std::string conv2d_not_native(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
 
 // A convolution's input and symmetric padding for padding="same" or "valid".
 struct PaddedInput {
@@ -101,7 +109,7 @@ BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntAr
                                at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
                                bool pool_ceil_mode);
 
-// The three torch calls, for what the kernels do not cover.
+// Two operators, for what the block's kernels do not cover.
 at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias, const BlockArguments& arguments);
 
@@ -127,7 +135,7 @@ at::MemoryFormat memory_format(Layout layout);
 
 DType dtype_of(const at::Tensor& tensor);
 
-// Whether the kernels, which write out the border, would do little else. ATen
+// Whether the CPU's kernels, which write out the border, would do little else. ATen
 // takes such calls.
 bool mostly_border(const Conv2dProblem& problem);
 

@@ -123,7 +123,7 @@ at::Tensor autograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
   constexpr auto call = ops::Convolution<Relu>::kCall;
   refuse_tangents(op, input, weight, bias);
   if (needs_gradient(input, weight) || (has_value(bias) && needs_gradient(*bias))) {
-    if (!conv2d_not_native(input, weight, bias).empty()) {
+    if (!conv2d_not_native(op, input, weight, bias, stride, padding, dilation, groups).empty()) {
       return composed_conv2d(Relu, input, weight, bias, stride, padding, dilation, groups);
     }
     const ConvArguments a = conv_arguments(op, stride, padding, dilation, groups);

@@ -2,9 +2,6 @@
 // derivatives: autograd.cpp.
 #include "ops/conv2d_relu_max_pool2d.h"
 
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/relu.h>
-
 #include "ops/autocast.h"
 #include "ops/result_memory.h"
 
@@ -78,9 +75,9 @@ BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntAr
 at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias, const BlockArguments& arguments) {
   const at::Tensor convolved =
-      at::conv2d(input, weight, bias, arguments.conv.stride, arguments.conv.padding,
-                 arguments.conv.dilation, arguments.conv.groups);
-  return ops::max_pool2d(at::relu(convolved), arguments.pool.kernel_size, arguments.pool.stride,
+      ops::conv2d_relu(input, weight, bias, arguments.conv.stride, arguments.conv.padding,
+                       arguments.conv.dilation, arguments.conv.groups);
+  return ops::max_pool2d(convolved, arguments.pool.kernel_size, arguments.pool.stride,
                          arguments.pool.padding, arguments.pool.dilation, arguments.pool.ceil_mode);
 }
 
@@ -88,7 +85,7 @@ std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias,
                              const BlockArguments& arguments) {
   const PoolArguments& pool = arguments.pool;
-  const std::string reason = conv2d_not_native(input, weight, bias);
+  const std::string reason = conv2d_not_native(input, weight, bias, Devices::cpu);
   if (!reason.empty()) return reason;
   if ((pool.dilation[0] > 1 || pool.dilation[1] > 1) &&
       (pool.padding[0] > 0 || pool.padding[1] > 0)) {

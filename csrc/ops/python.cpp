@@ -8,8 +8,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstdio>
 #include <unordered_map>
 
+#include "kernels/cuda/conv2d.h"
 #include "kernels/cuda/max_pool2d.h"
 #include "kernels/workspace.h"
 #include "ops/arguments.h"
@@ -499,9 +501,11 @@ py::dict config() {
   result["isa"] = isa_name(active_isa());
   result["isas"] = isas;
   result["cuda"] = cuda_device_of() != nullptr;
+  result["cuda_conv2d"] = cuda::policy_name(cuda::active_conv2d_policy());
   result["kept_mib"] = result_memory().mebibytes;
   py::list notes;  // on environment variables that do not hold
-  for (const std::string& note : {std::string(active_isa_note()), result_memory().note}) {
+  for (const std::string& note :
+       {active_isa_note(), cuda::conv2d_policy_note(), result_memory().note}) {
     if (!note.empty()) notes.append(note);
   }
   result["notes"] = notes;
@@ -515,6 +519,12 @@ void set_isa(const std::string& name) {
   }
   throw py::value_error("isa must be one that this machine supports (config()['isas']), but got '" +
                         name + "'");
+}
+
+void set_cuda_conv2d(const std::string& name) {
+  const cuda::Conv2dPolicyChoice choice = cuda::choose_conv2d_policy(name.c_str());
+  if (!choice.note.empty()) throw py::value_error(choice.note);
+  cuda::set_conv2d_policy(choice.policy);
 }
 
 py::dict aten_plan(const std::string& reason) {
@@ -553,6 +563,54 @@ at::Tensor batched(const char* op, const at::Tensor& input) {
   return input.dim() == 3 ? input.unsqueeze(0) : input;
 }
 
+// Of tensors as torch allocates them: no view shifts their addresses.
+constexpr int64_t kCudaAlignment = 16;
+
+const char* products_name(const Conv2dProblem& problem, cuda::TensorProducts products) {
+  if (problem.dtype != DType::float32) return "16-bit";
+  return products == cuda::TensorProducts::tf32 ? "tf32" : "exact parts";
+}
+
+// How a pass of a convolution runs, under keys that begin with its name; the forward pass, which
+// has none, stands for the call.
+void explain_pass(py::dict& result, const std::string& name, const Conv2dProblem& problem,
+                  const cuda::Conv2dPlan& plan) {
+  const auto set = [&](const char* key, const auto& value) {
+    result[py::str(name.empty() ? key : name + "_" + key)] = value;
+  };
+  result[py::str(name.empty() ? "algorithm" : name)] = algorithm_name(plan.algorithm);
+  if (plan.algorithm == cuda::Conv2dAlgorithm::aten) {
+    char reason[64];
+    std::snprintf(reason, sizeof reason, "torch takes about %.2f of the kernel's time",
+                  static_cast<double>(plan.torch_ratio));
+    return set("reason", reason);
+  }
+  if (plan.algorithm == cuda::Conv2dAlgorithm::implicit_gemm) {
+    set("tile", plan.gemm.tile);
+    set("products", products_name(problem, plan.gemm.products));
+  }
+  if (plan.parts > 0) set("parts", plan.parts);
+  set("workspace_bytes", plan.workspace_bytes);
+}
+
+py::dict explain_on_cuda(const Conv2dProblem& problem, const at::Device& device) {
+  using cuda::Conv2dPass;
+  py::dict result;
+  const auto explain = [&](const char* name, Conv2dPass pass) {
+    const cuda::Conv2dPlan plan =
+        cuda_conv2d_planner()(problem, pass, kCudaAlignment, cuda_device_of()(device).limits,
+                              cuda::active_conv2d_policy());
+    explain_pass(result, name, problem, plan);
+  };
+  explain("", Conv2dPass::forward);
+  result["isa"] = "cuda";
+  explain("input_gradient", Conv2dPass::input_gradient);
+  explain("weight_gradient", Conv2dPass::weight_gradient);
+  explain("bias_gradient", Conv2dPass::bias_gradient);
+  result["flops"] = 2 * problem.multiply_adds();
+  return result;
+}
+
 // The plan of both: a ReLU changes nothing but what is stored.
 template <bool Relu>
 py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py::handle stride,
@@ -562,9 +620,11 @@ py::dict explain_conv2d(py::handle input, py::handle weight, py::handle bias, py
   const at::Tensor& w = tensor_argument(op, "weight", weight);
   const std::optional<at::Tensor> b = optional_tensor(op, "bias", bias);
   const ConvArguments arguments = parse_conv(op, x, w, stride, padding, dilation, groups);
-  const std::string reason = conv2d_not_native(x, w, b);
+  const std::string reason = conv2d_not_native(op, x, w, b, arguments.stride, arguments.padding,
+                                               arguments.dilation, arguments.groups);
   if (!reason.empty()) return aten_plan(reason);
   const Conv2dProblem problem = conv_problem(op, batched(op, x), w, b, arguments);
+  if (!x.is_cpu()) return explain_on_cuda(problem, x.device());
   if (mostly_border(problem)) return aten_plan("the border is much larger than the image");
   const ThreadPool pool = torch_thread_pool();
   const Conv2dPlan plan = plan_conv2d(problem, active_isa(), pool.threads);
@@ -595,10 +655,8 @@ std::string max_pool2d_reason(py::handle input, py::handle kernel_size, py::hand
                                    bool_argument(op, "ceil_mode", ceil)));
 }
 
-// The plan for tensors as torch allocates them, and of a call that no view shifts.
 py::dict explain_on_cuda(const MaxPool2dProblem& problem, const at::Device& device) {
-  constexpr int64_t kAlignment = 16;
-  const auto plan = cuda::plan_max_pool2d(problem, kAlignment, cuda_device_of()(device).limits);
+  const auto plan = cuda::plan_max_pool2d(problem, kCudaAlignment, cuda_device_of()(device).limits);
   const auto blocks = [](const cuda::LaunchGrid& grid) {
     return py::make_tuple(grid.x, grid.y, grid.z);
   };
@@ -740,6 +798,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("explain_conv2d_relu_max_pool2d", &cnnkernels::explain_conv2d_relu_max_pool2d);
   m.def("kernel_calls", &cnnkernels::kernel_call_counts);
   m.def("set_isa", &cnnkernels::set_isa);
+  m.def("set_cuda_conv2d", &cnnkernels::set_cuda_conv2d);
   m.def("poison_workspaces", &cnnkernels::poison_workspaces);
   m.def("empty_cache", &cnnkernels::empty_cache);
 }

@@ -11,7 +11,11 @@ import torch
 
 from cnnkernels import _native
 
-OPERATORS = ("max_pool2d", "max_pool2d_backward", "max_pool2d_gather", "gd_step_", "sgd_step_")
+OPERATORS = (
+    *("conv2d", "conv2d_relu", "conv2d_backward"),
+    *("max_pool2d", "max_pool2d_backward", "max_pool2d_gather"),
+    *("gd_step_", "sgd_step_"),
+)
 
 
 def pytest_configure() -> None:

@@ -248,9 +248,11 @@ int main(int argc, char** argv) {
   Random random(std::strtoull(argv[3], nullptr, 10));
   try {
     check_architectures();
+    check_conv2d_policies();
     for (long i = 0; i < cases; ++i) {
       check_step_plan(random);
       check_pool_plan(random);
+      check_conv2d_plan(random);
       check_max_pool2d(random);
       check_foreign_argmax(random);
       check_gradient_step(random);
@@ -260,6 +262,7 @@ int main(int argc, char** argv) {
       check_conv2d(random);
       check_conv2d_specials(random);
       check_block(random);
+      check_planned_conv2d(random);
     }
   } catch (const cuda_emulator::Error& error) {
     kernel_tests::expect(false, error.what());

@@ -1,21 +1,31 @@
 #include "plan_tests.h"
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 
+#include "kernels/cuda/conv2d.h"
 #include "kernels/cuda/gradient_step.h"
 #include "kernels/cuda/max_pool2d.h"
 #include "problems.h"
+#include "reference.h"
 
 namespace cuda_kernel_tests {
 namespace {
 
 using namespace cnnkernels;
+using cuda::Conv2dAlgorithm;
+using cuda::Conv2dPass;
+using cuda::Conv2dPlan;
+using cuda::Conv2dPolicy;
 using cuda::DeviceLimits;
 using cuda::LaunchGrid;
 using kernel_tests::expect;
+using kernel_tests::expect_holds;
+using kernel_tests::Memory;
 using kernel_tests::Random;
 using kernel_tests::set_context;
+using kernel_tests::Tensor;
 
 // What the package is built for, and one that is not known.
 constexpr int kCapabilities[] = {75, 80, 86, 87, 89, 90, 100, 103, 120, 121, 130};
@@ -83,6 +93,139 @@ MaxPool2dProblem pooling_of_any_size(Random& random) {
     }
   }
   return p;
+}
+
+constexpr Conv2dPass kPasses[] = {Conv2dPass::forward, Conv2dPass::input_gradient,
+                                  Conv2dPass::weight_gradient, Conv2dPass::bias_gradient};
+constexpr Conv2dPolicy kPolicies[] = {Conv2dPolicy::automatic, Conv2dPolicy::native,
+                                      Conv2dPolicy::direct, Conv2dPolicy::implicit_gemm,
+                                      Conv2dPolicy::depthwise};
+
+DeviceLimits any_device(Random& random) {
+  DeviceLimits limits = cuda::architecture_limits(kCapabilities[random.between(0, 10)]);
+  limits.multiprocessors = static_cast<int>(random.between(1, 200));
+  return limits;
+}
+
+void set_dense_weight(Conv2dProblem& p) {
+  p.weight_stride_s = 1;
+  p.weight_stride_r = p.kernel_width;
+  p.weight_stride_c = p.kernel_height * p.kernel_width;
+  p.weight_stride_k = p.weight_stride_c * (p.in_channels / p.groups);
+}
+
+// First layers, dense, pointwise, depthwise and grouped ones.
+Conv2dProblem convolution_of_any_size(Random& random) {
+  Conv2dProblem p = {};
+  p.dtype = kernel_tests::random_dtype(random);
+  p.layout = random.chance(50) ? Layout::nchw : Layout::nhwc;
+  p.precision = random.chance(50) ? Float32Precision::high : Float32Precision::highest;
+  p.batch = random.chance(5) ? 0 : of_any_size(random, 9);
+  p.groups = random.chance(60) ? 1 : of_any_size(random, random.chance(5) ? 18 : 10);
+  p.in_channels = p.groups * (random.chance(40) ? random.between(1, 8) : of_any_size(random, 12));
+  p.out_channels = p.groups * (random.chance(40) ? random.between(1, 8) : of_any_size(random, 12));
+  if (random.chance(3)) p.in_channels *= of_any_size(random, 12);
+  if (random.chance(3)) p.out_channels *= of_any_size(random, 12);
+  const auto draw = [&](int64_t& in, int64_t& out, int64_t& kernel, int64_t& stride, int64_t& pad,
+                        int64_t& dilation) {
+    kernel = random.chance(30)   ? 1
+             : random.chance(90) ? random.between(2, 7)
+                                 : random.between(8, 20);
+    stride = random.chance(60) ? 1 : random.between(2, 5);
+    dilation = random.chance(80) ? 1 : random.between(2, 4);
+    pad = random.between(0, kernel);
+    in = of_any_size(random, random.chance(5) ? 16 : 9) + dilation * (kernel - 1);
+    out = (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+  };
+  draw(p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top, p.dilation_h);
+  draw(p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left, p.dilation_w);
+  set_dense_weight(p);
+  return p;
+}
+
+bool same(const Conv2dPlan& a, const Conv2dPlan& b) {
+  return a.algorithm == b.algorithm && a.torch_ratio == b.torch_ratio &&
+         a.gemm.tile == b.gemm.tile && a.gemm.contiguous == b.gemm.contiguous &&
+         a.gemm.products == b.gemm.products && a.channels == b.channels && a.parts == b.parts &&
+         a.workspace_bytes == b.workspace_bytes;
+}
+
+bool within(int64_t x, int64_t y, int64_t z) {
+  return x >= 1 && x <= cuda::kMostBlocksX && y >= 1 && y <= cuda::kMostBlocksYZ && z >= 1 &&
+         z <= cuda::kMostBlocksYZ;
+}
+
+// The grid of a forward pass or an input gradient, and what its kernel asks for.
+void check_pass_plan(const Conv2dProblem& p, const Conv2dPlan& plan, cuda::ConvolutionPass pass,
+                     int64_t alignment) {
+  const int64_t bytes = element_size(p.dtype);
+  switch (plan.algorithm) {
+    case Conv2dAlgorithm::direct:
+      expect(within(cuda::number_tiles(pass, 256), ceil_div(pass.result_channels, 8), pass.groups),
+             "the grid of the direct kernel");
+      expect(plan.workspace_bytes == 0, "it has no workspace");
+      break;
+    case Conv2dAlgorithm::implicit_gemm:
+      expect(p.dtype != DType::float64, "float64 has no tensor cores");
+      expect(plan.gemm.tile == 64 || plan.gemm.tile == 128, "a tile that there is");
+      expect(within(cuda::number_tiles(pass, plan.gemm.tile),
+                    ceil_div(pass.result_channels, plan.gemm.tile), pass.groups),
+             "the grid of the implicit GEMM");
+      expect((plan.gemm.products == cuda::TensorProducts::tf32) ==
+                 (p.precision == Float32Precision::high),
+             "products are as exact as asked for");
+      expect(!plan.gemm.contiguous || (p.layout == Layout::nhwc && alignment >= cuda::kVectorBytes),
+             "chunks are contiguous where channels are");
+      expect(plan.workspace_bytes == cuda::packed_weight_bytes(pass, bytes), "packed weights fit");
+      break;
+    case Conv2dAlgorithm::depthwise:
+      expect(pass.source_channels * pass.kernel_taps() <= cuda::kMostDepthwiseWeights,
+             "weights fit in shared memory");
+      expect(within(cuda::number_tiles(pass, 4), int64_t{pass.groups} * pass.result_channels, 1),
+             "the grid of the depthwise kernels");
+      expect(!plan.channels || cuda::depthwise_channels_apply(pass, bytes, alignment),
+             "vectors of channels where they are");
+      break;
+    default:
+      expect(false, "an algorithm of a pass");
+  }
+}
+
+void check_weight_plan(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  const cuda::ConvolutionPass pass = cuda::forward_pass(p);
+  const int64_t columns = int64_t{pass.kernel_taps()} * pass.source_channels;
+  const int64_t pixels = p.batch * p.out_height * p.out_width;
+  expect(plan.parts >= 1 && plan.parts <= cuda::kMostBlocksYZ, "parts");
+  const int64_t of_part = cuda::positions_of_part(pass, plan.parts);
+  expect(plan.parts * of_part >= pixels, "parts cover all pixels");
+  expect(plan.parts == 1 || (plan.parts - 1) * of_part < pixels, "no part is empty");
+  expect(plan.workspace_bytes == cuda::weight_total_bytes(pass, plan.parts, p.dtype), "totals fit");
+  expect(plan.parts == 1 || plan.workspace_bytes <= (int64_t{64} << 20), "totals are bounded");
+  int64_t tile = 32;
+  switch (plan.algorithm) {
+    case Conv2dAlgorithm::depthwise:
+      expect(
+          within(int64_t{pass.groups} * pass.result_channels * pass.source_channels, plan.parts, 1),
+          "the grid of the depthwise kernel");
+      return;
+    case Conv2dAlgorithm::implicit_gemm:
+      expect(p.dtype != DType::float64, "float64 has no tensor cores");
+      expect(plan.gemm.tile == 64 || plan.gemm.tile == 128, "a tile that there is");
+      tile = plan.gemm.tile;
+      break;
+    default:
+      expect(plan.algorithm == Conv2dAlgorithm::plain, "an algorithm of a weight gradient");
+  }
+  expect(within(ceil_div(pass.result_channels, tile), ceil_div(columns, tile),
+                int64_t{pass.groups} * plan.parts),
+         "the grid of a weight gradient");
+}
+
+void check_bias_plan(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  expect(plan.algorithm == Conv2dAlgorithm::sum, "the algorithm of a bias gradient");
+  expect(within(ceil_div(p.out_channels, 32), plan.parts, 1), "the grid of a bias gradient");
+  expect(plan.parts <= std::max<int64_t>(1, p.batch), "a part has an image");
+  expect(plan.workspace_bytes == cuda::bias_total_bytes(p, plan.parts), "totals fit");
 }
 
 }  // namespace
@@ -197,6 +340,158 @@ void check_pool_plan(Random& random) {
   }
   check_covers(plan.forward, images, p.out_height * p.out_width, channels / plan.width);
   check_covers(plan.backward, images, p.in_height * p.in_width, channels / plan.width);
+}
+
+void check_conv2d_plan(Random& random) {
+  const Conv2dProblem p = convolution_of_any_size(random);
+  const int64_t alignment = int64_t{1} << random.between(element_size(p.dtype) == 8 ? 3 : 1, 4);
+  const DeviceLimits limits = any_device(random);
+  if (!cuda::conv2d_not_native(p).empty()) {
+    expect(p.batch * p.in_height * p.in_width > (1 << 29) || p.in_channels > (1 << 18) ||
+               p.out_channels > (1 << 18) || p.groups > (1 << 15) || p.stride_h * p.stride_w > 16 ||
+               p.kernel_height * p.kernel_width > 200 ||
+               p.kernel_height * p.kernel_width * (p.in_channels / p.groups) > (1 << 20),
+           "only huge problems are refused");
+    return;
+  }
+  for (const Conv2dPolicy policy : kPolicies) {
+    for (const Conv2dPass pass : kPasses) {
+      std::ostringstream context;
+      context << "plan of " << kernel_tests::describe(p) << " pass " << static_cast<int>(pass)
+              << " by " << cuda::policy_name(policy) << " aligned to " << alignment << " on "
+              << limits.compute_capability << " with " << limits.multiprocessors;
+      set_context(context.str());
+      const Conv2dPlan plan = cuda::plan_conv2d(p, pass, alignment, limits, policy);
+      expect(same(plan, cuda::plan_conv2d(p, pass, alignment, limits, policy)), "plans are pure");
+      expect(plan.algorithm == cuda::choose_conv2d(p, pass, limits, policy), "and so is a choice");
+      if (p.batch == 0) continue;  // which is planned, for explain, and never launched
+      if (plan.algorithm == Conv2dAlgorithm::aten) {
+        expect(policy == Conv2dPolicy::automatic, "torch is chosen where it may be");
+        expect(plan.torch_ratio > 0 && plan.torch_ratio < 1, "where it is faster");
+        expect(p.dtype != DType::float64, "and was measured");
+        continue;
+      }
+      expect(plan.algorithm != Conv2dAlgorithm::implicit_gemm || limits.compute_capability >= 80,
+             "tensor cores that there are");
+      switch (pass) {
+        case Conv2dPass::forward:
+          check_pass_plan(p, plan, cuda::forward_pass(p), alignment);
+          break;
+        case Conv2dPass::input_gradient:
+          check_pass_plan(p, plan, cuda::input_gradient_pass(p), alignment);
+          break;
+        case Conv2dPass::weight_gradient:
+          check_weight_plan(p, plan);
+          break;
+        default:
+          check_bias_plan(p, plan);
+      }
+      const bool of_bias = pass == Conv2dPass::bias_gradient;
+      const bool has_direct = pass == Conv2dPass::forward || pass == Conv2dPass::input_gradient;
+      if (policy == Conv2dPolicy::direct && has_direct) {
+        expect(plan.algorithm == Conv2dAlgorithm::direct, "direct is forced");
+      }
+      if (policy == Conv2dPolicy::implicit_gemm && !of_bias && p.dtype != DType::float64 &&
+          limits.compute_capability >= 80) {
+        expect(plan.algorithm == Conv2dAlgorithm::implicit_gemm, "implicit GEMM is forced");
+      }
+      if (p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels && !of_bias &&
+          (policy == Conv2dPolicy::native || policy == Conv2dPolicy::depthwise)) {
+        expect(plan.algorithm == Conv2dAlgorithm::depthwise, "depthwise layers are depthwise");
+      }
+      if (p.groups == 1 && p.in_channels <= 4 && p.out_channels > 1 &&
+          policy == Conv2dPolicy::native && pass == Conv2dPass::forward) {
+        expect(plan.algorithm == Conv2dAlgorithm::direct, "first layers are direct");
+      }
+    }
+  }
+}
+
+void check_conv2d_policies() {
+  set_context("policies of convolutions");
+  for (const Conv2dPolicy policy : kPolicies) {
+    const auto choice = cuda::choose_conv2d_policy(cuda::policy_name(policy));
+    expect(choice.policy == policy && choice.note.empty(), "their names are understood");
+  }
+  expect(cuda::choose_conv2d_policy("Implicit_GEMM").policy == Conv2dPolicy::implicit_gemm,
+         "in any letters");
+  for (const char* const nothing : {static_cast<const char*>(nullptr), ""}) {
+    const auto choice = cuda::choose_conv2d_policy(nothing);
+    expect(choice.policy == Conv2dPolicy::automatic && choice.note.empty(), "none is automatic");
+  }
+  const auto choice = cuda::choose_conv2d_policy("winograd");
+  expect(choice.policy == Conv2dPolicy::automatic, "another is automatic");
+  expect(choice.note.find("CNNKERNELS_CUDA_CONV2D=winograd") == 0, "and there is a note of it");
+}
+
+void check_planned_conv2d(Random& random) {
+  constexpr int64_t kMostProducts = 100000;
+  Conv2dProblem p;
+  do {
+    p = kernel_tests::random_conv2d(random);
+  } while (p.batch == 0 || p.multiply_adds() > kMostProducts ||
+           !cuda::conv2d_not_native(p).empty());
+  p.relu = random.chance(40);
+  const Conv2dPolicy policy = kPolicies[random.between(1, 4)];
+  const DeviceLimits limits = any_device(random);
+  set_context(kernel_tests::describe(p) + " by " + cuda::policy_name(policy));
+  const auto element = kernel_tests::element_of(p.dtype);
+  const auto placement =
+      random.chance(80) ? Memory::Placement::aligned : Memory::Placement::unaligned;
+  const int64_t alignment =
+      placement == Memory::Placement::aligned ? cuda::kVectorBytes : element_size(p.dtype);
+  const kernel_tests::Dims vector = {1, 1, 1, 1}, bias_shape = {p.out_channels, 1, 1, 1},
+                           weight_strides = {p.weight_stride_k, p.weight_stride_c,
+                                             p.weight_stride_r, p.weight_stride_s};
+  const auto numbers = [&](const kernel_tests::Dims& shape) {
+    return kernel_tests::random_tensor(random, shape, p.dtype);
+  };
+  const Tensor input = numbers({p.batch, p.in_channels, p.in_height, p.in_width});
+  const Tensor weight =
+      numbers({p.out_channels, p.in_channels / p.groups, p.kernel_height, p.kernel_width});
+  const Tensor bias = numbers(bias_shape);
+  const Tensor grad_output = numbers({p.batch, p.out_channels, p.out_height, p.out_width});
+  Tensor output = kernel_tests::conv2d(p, input, weight, &bias);
+  if (p.relu) output = kernel_tests::relu(output);
+  const auto gradients = kernel_tests::conv2d_gradients(p, grad_output, input, weight);
+
+  const auto strides = [&](const Tensor& t) {
+    return kernel_tests::layout_strides(t.shape, p.layout);
+  };
+  const Memory x(element, input, strides(input), placement);
+  const Memory w(element, weight, weight_strides, placement);
+  const Memory b(element, bias, vector, placement);
+  const Memory g(element, grad_output, strides(grad_output), placement);
+  // Each pass has a workspace of exactly as many bytes as its plan says.
+  const auto check = [&](Conv2dPass pass, const Tensor& expected, const kernel_tests::Dims& lies,
+                         const char* what, auto&& run) {
+    const Conv2dPlan plan = cuda::plan_conv2d(p, pass, alignment, limits, policy);
+    const Memory result(element, expected.shape, lies, placement);
+    const Memory workspace(kernel_tests::Element::uint8, {plan.workspace_bytes, 1, 1, 1}, vector,
+                           Memory::Placement::aligned);
+    expect(run(plan, result.data(), workspace.data()) == cuda::kSuccess, "it is launched");
+    expect_holds(result, expected, std::string(what) + " by " + algorithm_name(plan.algorithm));
+    expect(workspace.guards_intact(), "the workspace is large enough");
+  };
+  check(Conv2dPass::forward, output, strides(output), "output",
+        [&](const Conv2dPlan& plan, void* result, void* workspace) {
+          return cuda::conv2d_forward(p, plan, x.data(), w.data(), b.data(), result, workspace,
+                                      nullptr);
+        });
+  check(Conv2dPass::input_gradient, gradients.input, strides(input), "gradient of the input",
+        [&](const Conv2dPlan& plan, void* result, void* workspace) {
+          return cuda::conv2d_input_gradient(p, plan, g.data(), w.data(), result, workspace,
+                                             nullptr);
+        });
+  check(Conv2dPass::weight_gradient, gradients.weight, weight_strides, "gradient of the weight",
+        [&](const Conv2dPlan& plan, void* result, void* workspace) {
+          return cuda::conv2d_weight_gradient(p, plan, g.data(), x.data(), result, workspace,
+                                              nullptr);
+        });
+  check(Conv2dPass::bias_gradient, gradients.bias, vector, "gradient of the bias",
+        [&](const Conv2dPlan& plan, void* result, void* workspace) {
+          return cuda::conv2d_bias_gradient(p, plan, g.data(), result, workspace, nullptr);
+        });
 }
 
 }  // namespace cuda_kernel_tests

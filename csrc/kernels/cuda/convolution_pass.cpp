@@ -69,8 +69,12 @@ std::string conv2d_not_native(const Conv2dProblem& p) {
   constexpr int64_t kMostTapPosition = std::numeric_limits<int16_t>::max() / 2;
   if (p.kernel_height * p.kernel_width > kMostPassTaps) return "a kernel of more than 256 elements";
   if (p.stride_h * p.stride_w > kMostPassPhases) return "strides of more than 16 residue classes";
-  const bool small = p.groups <= kMostBlocksYZ && p.in_channels <= kMost &&
-                     p.out_channels <= kMost && p.batch * p.in_height <= kMost / p.in_width &&
+  // A grid has a block for eight result channels, or for 32 weights of one.
+  constexpr int64_t kMostChannels = 8 * kMostBlocksYZ, kMostWeights = 32 * kMostBlocksYZ;
+  const int64_t weights = p.kernel_height * p.kernel_width * (p.in_channels / p.groups);
+  const bool small = p.groups <= kMostBlocksYZ && p.in_channels <= kMostChannels &&
+                     p.out_channels <= kMostChannels && weights <= kMostWeights &&
+                     p.batch * p.in_height <= kMost / p.in_width &&
                      p.batch * p.out_height <= kMost / p.out_width &&
                      p.pad_top + p.kernel_height * p.dilation_h <= kMostTapPosition &&
                      p.pad_left + p.kernel_width * p.dilation_w <= kMostTapPosition;

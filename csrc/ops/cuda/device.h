@@ -10,6 +10,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "kernels/cuda/device.h"
+#include "ops/dispatch.h"
 
 #ifdef CNNK_EMULATE_CUDA
 #define CNNK_CUDA_DISPATCH_KEY CPU
@@ -43,6 +44,15 @@ class DeviceScope {
 
 // Of the tensor's device, which runs the kernels; asked for once.
 const DeviceLimits& limits_of(const at::Tensor& tensor);
+
+// Bytes of which the addresses of all tensors are multiples, of those that an access may ask for.
+template <class... Tensors>
+int64_t common_alignment(const Tensors&... tensors) {
+  const uintptr_t bits =
+      (uintptr_t{kVectorBytes} | ... |
+       (tensors.defined() ? reinterpret_cast<uintptr_t>(read_data(tensors)) : 0));
+  return static_cast<int64_t>(bits & (~bits + 1));
+}
 
 // Raises torch's error for a launch that failed.
 void check_launch(const char* op, Error error);

@@ -9,15 +9,6 @@
 namespace cnnkernels {
 namespace {
 
-// Bytes of which the addresses of all tensors are multiples, of those that an access may ask for.
-template <class... Tensors>
-int64_t common_alignment(const Tensors&... tensors) {
-  const uintptr_t bits =
-      (uintptr_t{cuda::kVectorBytes} | ... |
-       (tensors.defined() ? reinterpret_cast<uintptr_t>(read_data(tensors)) : 0));
-  return static_cast<int64_t>(bits & (~bits + 1));
-}
-
 struct Cuda {
   static std::string not_native(const MaxPool2dProblem& problem) {
     return cuda::max_pool2d_not_native(problem);
@@ -29,7 +20,7 @@ struct Cuda {
   static void forward(const MaxPool2dProblem& problem, const at::Tensor& input,
                       const at::Tensor& output, const at::Tensor& argmax) {
     const cuda::DeviceScope scope(input);
-    const auto plan = cuda::plan_max_pool2d(problem, common_alignment(input, output, argmax),
+    const auto plan = cuda::plan_max_pool2d(problem, cuda::common_alignment(input, output, argmax),
                                             cuda::limits_of(input));
     cuda::check_launch("max_pool2d",
                        cuda::max_pool2d_forward(
@@ -39,8 +30,9 @@ struct Cuda {
   static void backward(const MaxPool2dProblem& problem, const at::Tensor& grad_output,
                        const at::Tensor& argmax, const at::Tensor& grad_input) {
     const cuda::DeviceScope scope(grad_output);
-    const auto plan = cuda::plan_max_pool2d(
-        problem, common_alignment(grad_output, argmax, grad_input), cuda::limits_of(grad_output));
+    const auto plan =
+        cuda::plan_max_pool2d(problem, cuda::common_alignment(grad_output, argmax, grad_input),
+                              cuda::limits_of(grad_output));
     cuda::check_launch(
         "max_pool2d_backward",
         cuda::max_pool2d_backward(problem, plan, read_data(grad_output), read_data(argmax),
@@ -50,7 +42,7 @@ struct Cuda {
                      const at::Tensor& argmax, const at::Tensor& values) {
     const cuda::DeviceScope scope(input);
     const auto plan =
-        cuda::plan_max_pool2d(problem, common_alignment(input), cuda::limits_of(input));
+        cuda::plan_max_pool2d(problem, cuda::common_alignment(input), cuda::limits_of(input));
     cuda::check_launch("max_pool2d_gather",
                        cuda::max_pool2d_gather(problem, plan, read_data(input), read_data(argmax),
                                                values.mutable_data_ptr(), scope.stream()));
@@ -59,7 +51,7 @@ struct Cuda {
                       const at::Tensor& indices) {
     const cuda::DeviceScope scope(argmax);
     const auto plan =
-        cuda::plan_max_pool2d(problem, common_alignment(argmax), cuda::limits_of(argmax));
+        cuda::plan_max_pool2d(problem, cuda::common_alignment(argmax), cuda::limits_of(argmax));
     cuda::check_launch("max_pool2d_with_indices",
                        cuda::max_pool2d_indices(problem, plan, read_data(argmax),
                                                 static_cast<int64_t*>(indices.mutable_data_ptr()),
