@@ -135,6 +135,7 @@ class Mistake:
     instead: str
     nth: int = 0
     build: str = "plain"
+    source: Path | None = None  # of a header: that in which the mistake is made
 
     def text(self) -> str:
         """The file with the mistake in it."""
@@ -151,18 +152,21 @@ DIRECT = KERNELS / "conv2d_direct.cu"
 GEMM = KERNELS / "conv2d_implicit_gemm.cuh"
 PATCH = KERNELS / "source_patch.cuh"
 RESULTS = KERNELS / "tile_results.cuh"
+TILE = KERNELS / "gemm_tile.cuh"
 WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
 DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
 WINNER = KERNELS / "max_pool2d_device.cuh"
-# The source in which a header's mistake is made.
+# Of headers: the source in which a mistake is made. (In products of parts what is no number is
+# computed again, and hides what is never written.)
 SOURCE_OF = {
     WINNER: WINDOWS,
-    GEMM: KERNELS / "conv2d_implicit_gemm_tf32_parts.cu",
-    PATCH: KERNELS / "conv2d_implicit_gemm_tf32_parts.cu",
-    RESULTS: KERNELS / "conv2d_implicit_gemm_tf32_parts.cu",
+    GEMM: KERNELS / "conv2d_implicit_gemm_float16.cu",
+    PATCH: KERNELS / "conv2d_implicit_gemm_float16.cu",
+    RESULTS: KERNELS / "conv2d_implicit_gemm_float16.cu",
 }
+PARTS = KERNELS / "conv2d_implicit_gemm_tf32_parts.cu"
 
 MISTAKES = [
     Mistake("step: stores past the end", STEP, "if (i >= end) break;", "", nth=1,
@@ -226,7 +230,8 @@ MISTAKES = [
     Mistake("implicit GEMM: waits for too few", GEMM, "cp_async_wait<kAhead - 1>();",
             "cp_async_wait<kAhead>();"),
     Mistake("implicit GEMM: no barrier in a step", GEMM,
-            "__syncthreads();  // the step's copies are there", ""),
+            "__syncthreads();  // the step's copies are there, and the step before is multiplied",
+            ""),
     Mistake("implicit GEMM: no barrier after the places", GEMM,
             "__syncthreads();  // the pixels' places are there", ""),
     Mistake("implicit GEMM: no barrier before staging", GEMM,
@@ -239,7 +244,10 @@ MISTAKES = [
             " && channel < pass.source_channels", "", build="sanitized"),
     Mistake("implicit GEMM: bias of channels past the last", GEMM,
             "if (column >= channels) continue;", "", build="sanitized"),
-    Mistake("implicit GEMM: parts of infinities", GEMM, " || result == result", " || true"),
+    Mistake("products: a part is left out", TILE, "mma_m16n8k8_tf32(step, high_a, low_b);", "",
+            source=PARTS),
+    Mistake("implicit GEMM: parts of infinities", GEMM, " || result == result", " || true",
+            source=PARTS),
     Mistake("patch: images past the last", PATCH, "tile.image + image < pass.images &&", "",
             build="sanitized"),
     Mistake("patch: rows outside of the image", PATCH,
@@ -256,7 +264,8 @@ MISTAKES = [
     Mistake("pooled: columns outside of the image", RESULTS,
             "static_cast<unsigned>(tile.column + column) >= static_cast<unsigned>(phase.columns)",
             "false"),
-    Mistake("pooled: windows past the last", RESULTS, "y >= pool.rows ||", ""),
+    Mistake("pooled: windows past the last", RESULTS, "y >= pool.rows ||", "",
+            build="sanitized"),
     Mistake("pooled: what is clipped wins", RESULTS, "!(winner.value <= 0)", "true"),
     Mistake("weight gradient: no barrier before reading", WEIGHT, "__syncthreads();", "", nth=1),
     Mistake("depthwise: no barrier", DEPTHWISE, "__syncthreads();", ""),
@@ -273,8 +282,13 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
+def source_of(mistake: Mistake) -> Path:
     """The source that holds, or includes, a mistake."""
+    return mistake.source or SOURCE_OF.get(mistake.file, mistake.file)
+
+
+def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
+    """The source with a mistake, as it is to be compiled."""
     folder.mkdir()
     own = folder / mistake.file.name
     own.write_text(mistake.text(), encoding="utf-8")
@@ -284,8 +298,8 @@ def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
         # The file beside the source is found first, so that the source comes along.
         source = folder / EMULATOR_TESTS.name
         source.write_text(EMULATOR_TESTS.read_text(encoding="utf-8"), encoding="utf-8")
-    elif mistake.file in SOURCE_OF:
-        source = SOURCE_OF[mistake.file]
+    elif source_of(mistake) != mistake.file:
+        source = source_of(mistake)
         nested = folder / "kernels" / "cuda"
         nested.mkdir(parents=True)
         own.rename(nested / own.name)
@@ -318,7 +332,7 @@ def test_mistakes_are_found(build: Programs, mistake: Mistake, mistaken: dict[st
     if mistake.file in (SUM, PRODUCT):
         command = build.emulator_tests(made.stem, made)
     else:
-        source = SOURCE_OF.get(mistake.file, mistake.file)
+        source = source_of(mistake)
         of_convolution = source.name.startswith("conv2d")
         cases, convolutions = (0, 12) if of_convolution else (100, 0)
         command = build.kernel_tests(made.stem, cases, convolutions, {source: made})

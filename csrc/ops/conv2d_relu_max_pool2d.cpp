@@ -85,7 +85,7 @@ std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias,
                              const BlockArguments& arguments) {
   const PoolArguments& pool = arguments.pool;
-  const std::string reason = conv2d_not_native(input, weight, bias, Devices::cpu);
+  const std::string reason = conv2d_not_native(input, weight, bias, Devices::cpu_and_cuda);
   if (!reason.empty()) return reason;
   if ((pool.dilation[0] > 1 || pool.dilation[1] > 1) &&
       (pool.padding[0] > 0 || pool.padding[1] > 0)) {
@@ -94,14 +94,14 @@ std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
   if (pool.ceil_mode && (pool.dilation[0] > 1 || pool.dilation[1] > 1)) {
     return "a dilated pooling window with ceil_mode";
   }
+  if (window_is_too_large(pool)) return "a window of more than 65536 elements";
+  if (!input.is_cpu()) return "";  // sizes are the device's
   for (int axis = 0; axis < 2; ++axis) {
     if (arguments.conv.padding[axis] > 1024 || arguments.conv.dilation[axis] > 1024) {
       return "padding or dilation of more than 1024";  // the kernel writes out the border
     }
   }
-  PoolArguments undilated = pool;
-  undilated.dilation = {1, 1};
-  return not_native(input, undilated);
+  return "";
 }
 
 Conv2dReluMaxPool2dProblem block_problem(const char* op, const at::Tensor& images,
@@ -131,18 +131,26 @@ struct Cpu {
                           const at::Tensor&) {
     return empty_cpu(size, dtype, format);
   }
-  static void forward(const Conv2dReluMaxPool2dProblem& problem, const at::Tensor& input,
-                      const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& output,
-                      const at::Tensor& argmax) {
+  static std::string not_native(const Conv2dReluMaxPool2dProblem&) { return ""; }
+  static void forward(const Conv2dReluMaxPool2dProblem& problem, const BlockArguments&,
+                      const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                      const at::Tensor& output, const at::Tensor& argmax) {
     conv2d_relu_max_pool2d_forward(problem, active_isa(), torch_thread_pool(), read_data(input),
                                    read_data(weight), bias.defined() ? read_data(bias) : nullptr,
                                    output.mutable_data_ptr(),
                                    argmax.defined() ? argmax.mutable_data_ptr() : nullptr);
   }
-  static void backward(const Conv2dReluMaxPool2dProblem& problem, const at::Tensor& grad_output,
-                       const at::Tensor& input, const at::Tensor& weight, const at::Tensor& argmax,
-                       const at::Tensor& grad_input, const at::Tensor& grad_weight,
-                       const at::Tensor& grad_bias) {
+  static ops::TensorTriple backward(Conv2dReluMaxPool2dProblem problem, const BlockArguments&,
+                                    const at::Tensor& grad_output, const at::Tensor& input,
+                                    const at::Tensor& weight, const at::Tensor& argmax,
+                                    std::array<bool, 3> wanted) {
+    const at::MemoryFormat format = memory_format(problem.conv.layout);
+    const at::Tensor weight_values = weight.contiguous(format);
+    at::Tensor grad_input, grad_weight, grad_bias;
+    if (wanted[0]) grad_input = empty_cpu(input.sizes(), input.scalar_type(), format);
+    if (wanted[1]) grad_weight = empty_cpu(weight.sizes(), weight.scalar_type(), format);
+    if (wanted[2]) grad_bias = empty_cpu({problem.conv.out_channels}, weight.scalar_type());
+    set_weight_strides(problem.conv, wanted[1] ? grad_weight : weight_values);
     const auto data = [](const at::Tensor& tensor) {
       return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
     };
@@ -153,8 +161,9 @@ struct Cpu {
     at::Tensor scratch;
     if (scratch_bytes > 0) scratch = empty_cpu({scratch_bytes}, at::kByte);
     conv2d_relu_max_pool2d_backward(problem, plan, pool, read_data(grad_output), read_data(input),
-                                    read_data(weight), read_data(argmax), data(grad_input),
+                                    read_data(weight_values), read_data(argmax), data(grad_input),
                                     data(grad_weight), data(grad_bias), data(scratch));
+    return {grad_input, grad_weight, grad_bias};
   }
 };
 

@@ -2,13 +2,16 @@
 //
 // A device is a struct of static functions:
 //   empty(size, dtype, format, like)       at::empty on the device of a tensor
-//   forward(problem, input, weight, bias, output, argmax)
+//   not_native(problem)                    why no kernel takes it, or ""
+//   forward(problem, arguments, input, weight, bias, output, argmax)
 //                                          tensors of the problem's layout; bias and argmax may be
 //                                          undefined
-//   backward(problem, grad_output, input, weight, argmax, grad_input, grad_weight, grad_bias)
-//                                          any of the three gradients may be undefined
+//   backward(problem, arguments, grad_output, input, weight, argmax, wanted)
+//                                          the three gradients, of a batch that is not empty
 #pragma once
 
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
@@ -41,12 +44,23 @@ class BlockOperators {
     return {pool.batch, pool.channels, pool.out_height, pool.out_width};
   }
 
-  static ops::TensorPair run(const at::Tensor& input, const at::Tensor& weight,
-                             const std::optional<at::Tensor>& bias, const BlockArguments& arguments,
-                             bool with_argmax) {
-    check_input_dimensions(kOp, input);
+  static Conv2dReluMaxPool2dProblem make_problem(const char* op, const at::Tensor& input,
+                                                 const at::Tensor& weight,
+                                                 const std::optional<at::Tensor>& bias,
+                                                 const BlockArguments& arguments) {
+    check_input_dimensions(op, input);
+    return block_problem(op, batched(input, input.dim()), weight, bias, arguments);
+  }
+
+  // Raises where no kernel takes a call that torch has no operator for.
+  static void check_native(const char* op, const std::string& reason) {
+    TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
+  }
+
+  static ops::TensorPair run(const Conv2dReluMaxPool2dProblem& problem, const at::Tensor& input,
+                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             const BlockArguments& arguments, bool with_argmax) {
     const at::Tensor images = batched(input, input.dim());
-    const Conv2dReluMaxPool2dProblem problem = block_problem(kOp, images, weight, bias, arguments);
     const at::MemoryFormat format = memory_format(problem.conv.layout);
     const at::Tensor source = images.contiguous(format);
     const at::Tensor bias_values = has_value(bias) ? bias->contiguous() : at::Tensor();
@@ -59,7 +73,7 @@ class BlockOperators {
     }
     if (problem.conv.batch > 0) {
       count(kernel_calls().conv2d_relu_max_pool2d);
-      Device::forward(problem, source, weight, bias_values, output, argmax);
+      Device::forward(problem, arguments, source, weight, bias_values, output, argmax);
     }
     return {unbatched(output, input.dim()), unbatched(argmax, input.dim())};
   }
@@ -76,7 +90,11 @@ class BlockOperators {
     if (!block_not_native(input, weight, bias, arguments).empty()) {
       return composed_block(input, weight, bias, arguments);
     }
-    return std::get<0>(run(input, weight, bias, arguments, false));
+    const auto problem = make_problem(kOp, input, weight, bias, arguments);
+    if (!Device::not_native(problem).empty()) {
+      return composed_block(input, weight, bias, arguments);
+    }
+    return std::get<0>(run(problem, input, weight, bias, arguments, false));
   }
 
   static ops::TensorPair forward_argmax(const at::Tensor& input, const at::Tensor& weight,
@@ -90,9 +108,10 @@ class BlockOperators {
     const BlockArguments arguments =
         block_arguments(op, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
                         pool_padding, pool_dilation, pool_ceil_mode);
-    const std::string reason = block_not_native(input, weight, bias, arguments);
-    TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
-    return run(input, weight, bias, arguments, true);
+    check_native(op, block_not_native(input, weight, bias, arguments));
+    const auto problem = make_problem(kOp, input, weight, bias, arguments);
+    check_native(op, Device::not_native(problem));
+    return run(problem, input, weight, bias, arguments, true);
   }
 
   static ops::TensorTriple backward(const at::Tensor& grad_output, const at::Tensor& input,
@@ -106,13 +125,12 @@ class BlockOperators {
     const BlockArguments arguments =
         block_arguments(op, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
                         pool_padding, pool_dilation, pool_ceil_mode);
-    std::string reason = block_not_native(input, weight, std::nullopt, arguments);
-    if (reason.empty()) reason = not_native(grad_output);
-    TORCH_CHECK(reason.empty(), op, ": no native kernel for these arguments: ", reason);
-    check_input_dimensions(op, input);
+    check_native(op, block_not_native(input, weight, std::nullopt, arguments));
+    check_native(op, not_native(grad_output, Devices::cpu_and_cuda));
+    const auto problem = make_problem(op, input, weight, std::nullopt, arguments);
+    check_native(op, Device::not_native(problem));
     const int64_t dimensions = input.dim();
     const at::Tensor images = batched(input, dimensions);
-    Conv2dReluMaxPool2dProblem problem = block_problem(op, images, weight, std::nullopt, arguments);
     const std::array<int64_t, 4> size = output_size(problem.pool);
     const at::Tensor gradient = batched(grad_output, dimensions);
     const at::Tensor winners = batched(argmax, dimensions);
@@ -125,28 +143,19 @@ class BlockOperators {
     check_argmax(op, winners, gradient, problem.pool);
 
     const at::MemoryFormat format = memory_format(problem.conv.layout);
-    const at::Tensor weight_values = weight.contiguous(format);
-    at::Tensor grad_input, grad_weight, grad_bias;
-    if (output_mask[0])
-      grad_input = Device::empty(images.sizes(), input.scalar_type(), format, input);
-    if (output_mask[1])
-      grad_weight = Device::empty(weight.sizes(), weight.scalar_type(), format, input);
-    if (output_mask[2]) {
-      grad_bias = Device::empty({problem.conv.out_channels}, weight.scalar_type(),
-                                at::MemoryFormat::Contiguous, input);
-    }
     if (problem.conv.batch == 0) {
-      if (output_mask[1]) grad_weight.zero_();
-      if (output_mask[2]) grad_bias.zero_();
+      at::Tensor grad_input, grad_weight, grad_bias;
+      if (output_mask[0]) {
+        grad_input = Device::empty(images.sizes(), input.scalar_type(), format, input);
+      }
+      if (output_mask[1]) grad_weight = at::zeros_like(weight, weight.options(), format);
+      if (output_mask[2]) grad_bias = at::zeros({problem.conv.out_channels}, weight.options());
       return {unbatched(grad_input, dimensions), grad_weight, grad_bias};
     }
-    set_weight_strides(problem.conv, grad_weight.defined() ? grad_weight : weight_values);
-    const at::Tensor source = images.contiguous(format);
-    const at::Tensor gradient_values = gradient.contiguous(format);
-    const at::Tensor argmax_values = winners.contiguous(format);
     count(kernel_calls().conv2d_relu_max_pool2d_backward);
-    Device::backward(problem, gradient_values, source, weight_values, argmax_values, grad_input,
-                     grad_weight, grad_bias);
+    auto [grad_input, grad_weight, grad_bias] =
+        Device::backward(problem, arguments, gradient.contiguous(format), images.contiguous(format),
+                         weight, winners.contiguous(format), output_mask);
     return {unbatched(grad_input, dimensions), grad_weight, grad_bias};
   }
 };

@@ -34,6 +34,11 @@ Conv2dReluMaxPool2dProblem random_pooled_block(Random& random) {
     Conv2dReluMaxPool2dProblem p = kernel_tests::random_block(random);
     const bool three = random.chance(50);
     MaxPool2dProblem& pool = p.pool;
+    // More rows than a tile has.
+    const int64_t more = random.chance(40) ? random.between(1, 40) : 0;
+    p.conv.in_height += more * p.conv.stride_h;
+    p.conv.out_height += more;
+    pool.in_height += more;
     pool.kernel_height = pool.kernel_width = three ? 3 : 2;
     pool.stride_h = pool.stride_w = 2;
     pool.dilation_h = pool.dilation_w = 1;

@@ -253,6 +253,7 @@ int main(int argc, char** argv) {
       check_step_plan(random);
       check_pool_plan(random);
       check_conv2d_plan(random);
+      check_block_plan(random);
       check_max_pool2d(random);
       check_foreign_argmax(random);
       check_gradient_step(random);
