@@ -30,7 +30,7 @@ class Options:
     seed: int = 0
 
 
-QUICK = Options(parameters=(1_000_000, 25_000_000), layers=4)
+QUICK = Options(parameters=(1_000_000, 25_000_000), layers=2)
 """A few rows of each kind."""
 
 DRY_RUN = Options(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import block, convolution, network
 from .device import CUDA
 from .results import Results, merge, read_results
 from .tables import SUITES, Table, markdown, tables_of
@@ -20,7 +21,7 @@ Made by `make gpu`, which builds on a machine with an NVIDIA GPU, runs the tests
 compute-sanitizer there, measures, and writes this page. [The benchmark's
 page](../benchmarks/README.md#on-a-gpu) says how it measures.
 """
-NOT_MEASURED = """\
+_NOT_MEASURED = """\
 ## {suite}
 
 This suite has not been measured.
@@ -43,7 +44,14 @@ _LEGEND = """\
 * **of copy** is the share of the bandwidth of a device-to-device copy in the same run, by the bytes
   that must move: for the optimizer parameter, gradient and updated parameter, and a momentum buffer
   twice; for pooling input, output and a byte of argmax an output, or the same of their gradients.
-  For a convolution it is input, weight and output, each once, or those of the gradients.
+* **error** is ours relative to float64, in norm, and over torch's (that of `fused=True`).
+* Rotating copies of the inputs exceed twice the second-level cache, but for layers so small that
+  hundreds of copies do not.
+"""
+_CONVOLUTIONS = {convolution.SUITE, block.SUITE, network.SUITE}
+_CONVOLUTION_LEGEND = """\
+Of convolutions, blocks and networks:
+
 * **NCHW** and **NHWC** have both sides in that format. torch's convolutions run with
   `cudnn.benchmark=True`. **cuDNN alone** is cuDNN's time for the convolution in NHWC, without a
   bias, over ours from NCHW with one. **Inductor** has what torch.compile makes of torch's block.
@@ -52,13 +60,11 @@ _LEGEND = """\
   the ratios of the package's kernels, which are not what a user gets.
 * **of matmul** is the share of the rate of `torch.mm` in the same precision and run, by the
   operations of a direct convolution. fp32 is float32 proper, TF32 what torch allows convolutions by
-  default.
-* **error** is ours relative to float64, in norm, and over torch's (that of `fused=True`). A
-  convolution is judged by the first images of its batch, as many as float64 takes milliseconds for;
-  a network by its logits for four images, in training after three steps, when **logits apart** is
+  default. **of copy** counts input, weight and output once, backward those and their gradients as
+  far as a pass reads or writes them.
+* **error** is by the first images of a batch, as many as float64 takes milliseconds for; that of a
+  network is of its logits for four images, in training after three steps, and **logits apart** is
   how far they are from torch's.
-* Rotating copies of the inputs exceed twice the second-level cache, but for layers so small that
-  hundreds of copies do not.
 """
 
 
@@ -71,10 +77,12 @@ def page(results: Results, steps: Sequence[Mapping[str, Any]] = ()) -> str:
     parts.append(markdown(_facts(results)))
     if steps:
         parts.append(markdown(_steps(steps)))
-    parts.append(_LEGEND)
-    parts.extend(markdown(table) for table in tables_of(results.rows))
     measured = {row.suite for row in results.rows}
-    parts.extend(NOT_MEASURED.format(suite=suite) for suite in SUITES if suite not in measured)
+    parts.append(_LEGEND)
+    if measured & _CONVOLUTIONS:
+        parts.append(_CONVOLUTION_LEGEND)
+    parts.extend(markdown(table) for table in tables_of(results.rows))
+    parts.extend(_NOT_MEASURED.format(suite=suite) for suite in SUITES if suite not in measured)
     parts.extend(_notes(results))
     return "\n".join(parts)
 

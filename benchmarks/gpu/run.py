@@ -276,7 +276,7 @@ def _sanitizers(environment: dict[str, str]) -> list[Step]:
             "CNNKERNELS_TEST_POISON": "0",
             "OMP_NUM_THREADS": "4",
         }
-        return Step(f"compute-sanitizer {tool}", 55, lambda limit: command, environment | settings)
+        return Step(f"compute-sanitizer {tool}", 75, lambda limit: command, environment | settings)
 
     return [step(tool) for tool in SANITIZERS]
 
