@@ -17,8 +17,8 @@ from typing import Any
 CUDA_MODE = os.environ.get("CNNKERNELS_CUDA", "auto").strip().lower()
 
 # What a release is built for. Code for an architecture runs on later minor versions of its major
-# one, and PTX for the last on all that come; but what is for 9.0a, warpgroup products among it, runs
-# on devices of 9.0 and on no others.
+# one, and PTX for the last on all that come; but what is for 9.0a, where alone there are warpgroup
+# products, runs on devices of 9.0 and no others.
 RELEASE_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 # Kernels take more than 4 KiB of arguments, which this release was the first to allow.
 OLDEST_TOOLKIT = (12, 1)
