@@ -41,6 +41,7 @@ KERNEL_TESTS = [
     PROGRAM / "conv2d_tests.cpp",
     PROGRAM / "kernel_tests.cpp",
     PROGRAM / "plan_tests.cpp",
+    PROGRAM / "wgmma_tests.cpp",
 ]
 BUILDS = {"plain": ["-O1"], "sanitized": SANITIZE}
 # Of poolings, of steps and of plans; and of convolutions, each of which runs every kernel.
@@ -155,6 +156,7 @@ RESULTS = KERNELS / "tile_results.cuh"
 TILE = KERNELS / "gemm_tile.cuh"
 WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
 DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
+WGMMA = KERNELS / "conv2d_wgmma.cu"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
 WINNER = KERNELS / "max_pool2d_device.cuh"
@@ -269,6 +271,48 @@ MISTAKES = [
     Mistake("pooled: what is clipped wins", RESULTS, "!(winner.value <= 0)", "true"),
     Mistake("weight gradient: no barrier before reading", WEIGHT, "__syncthreads();", "", nth=1),
     Mistake("depthwise: no barrier", DEPTHWISE, "__syncthreads();", ""),
+    Mistake("wgmma: patches are not waited for", WGMMA,
+            "wait(ring.patch_full[patch_stage.index], patch_stage.parity);", ""),
+    Mistake("wgmma: weights are not waited for", WGMMA,
+            "wait(ring.weights_full[weight_stage.index], weight_stage.parity);", ""),
+    Mistake("wgmma: the phase before is waited for", WGMMA,
+            "wait(ring.weights_full[weight_stage.index], weight_stage.parity);",
+            "wait(ring.weights_full[weight_stage.index], weight_stage.parity ^ 1);"),
+    Mistake("wgmma: patches are filled too early", WGMMA,
+            "wait(ring.patch_empty[patch_stage.index], patch_stage.parity ^ 1);", ""),
+    Mistake("wgmma: weights are filled too early", WGMMA,
+            "wait(ring.weights_empty[weight_stage.index], weight_stage.parity ^ 1);", ""),
+    Mistake("wgmma: the phase to come is waited for", WGMMA,
+            "wait(ring.weights_empty[weight_stage.index], weight_stage.parity ^ 1);",
+            "wait(ring.weights_empty[weight_stage.index], weight_stage.parity);"),
+    Mistake("wgmma: one warp hands a stage back", WGMMA,
+            "init_barrier(ring.weights_empty[i], kConsumerWarps);",
+            "init_barrier(ring.weights_empty[i], 1);"),
+    Mistake("wgmma: a stage is handed back before it is read", WGMMA, "wgmma_wait<1>();", ""),
+    Mistake("wgmma: weights are never handed back", WGMMA,
+            "if (slab + tap > 0) arrive(ring.weights_empty[used_weights]);", ""),
+    Mistake("wgmma: patches are never handed back", WGMMA,
+            "if (slab > 0 && tap == 0) arrive(ring.patch_empty[used_patch]);", ""),
+    Mistake("wgmma: too few bytes are expected", WGMMA,
+            "arrive_expecting(weights_full, kWeightBytes);",
+            "arrive_expecting(weights_full, kWeightBytes / 2);"),
+    Mistake("wgmma: copies do not see barriers", WGMMA, "publish_barriers();", ""),
+    Mistake("wgmma: no barrier before copies", WGMMA, "__syncthreads();", ""),
+    Mistake("wgmma: no barrier before staging", WGMMA, "__syncthreads();", "", nth=1),
+    Mistake("wgmma: no barrier before storing", WGMMA, "__syncthreads();", "", nth=2),
+    Mistake("wgmma: no fence", WGMMA, "wgmma_fence();", ""),
+    Mistake("wgmma: no group", WGMMA, "wgmma_commit();", ""),
+    Mistake("wgmma: sums are not waited for", WGMMA, "wgmma_finish(sums);", ""),
+    Mistake("wgmma: rows of a patch without its border", WGMMA,
+            "below.width * kChunkBytes, false", "kWgmmaColumns * kChunkBytes, false"),
+    Mistake("wgmma: weights are not swizzled", WGMMA, "8 * kWeightRowBytes, true",
+            "8 * kWeightRowBytes, false"),
+    Mistake("wgmma: planes are half as far apart", WGMMA, "i * 2 * plane_bytes",
+            "i * plane_bytes"),
+    Mistake("wgmma: chunks past the last", WGMMA,
+            "(channels + kProductDepth - 1) / kProductDepth", "kSlabProducts"),
+    Mistake("wgmma: weights at any address", WGMMA,
+            "(-shared_address(shared) & (kSwizzleBytes - 1))", "0"),
     Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),
     Mistake("sum: no barrier before writing", SUM, "__syncthreads();", "", nth=-1),
     Mistake("sum: a lane is left out", SUM, "(kAllLanes, value", "(kAllLanes >> 1, value"),

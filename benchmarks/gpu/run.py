@@ -236,7 +236,8 @@ def _build(environment: dict[str, str]) -> Step:
     settings = {
         "CNNKERNELS_BUILD": "require",
         "CNNKERNELS_CUDA": "require",
-        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
+        # What is for 9.0a alone, a release has too.
+        "TORCH_CUDA_ARCH_LIST": "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}",
     }
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return Step("build", 240, lambda limit: command, environment | settings)

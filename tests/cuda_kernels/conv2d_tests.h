@@ -16,4 +16,9 @@ void check_block(kernel_tests::Random& random);
 void check_conv2d_accuracy(kernel_tests::Random& random);
 void check_conv2d_specials(kernel_tests::Random& random);
 
+// One random convolution that the kernel of warpgroup products takes.
+void check_wgmma(kernel_tests::Random& random);
+// Which it takes.
+void check_wgmma_cut();
+
 }  // namespace cuda_kernel_tests

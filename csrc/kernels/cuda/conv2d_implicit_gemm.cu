@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kPackThreads)
 }
 
 template <class T>
-Error pack_weights(const ConvolutionPass& pass, const void* weight, void* packed, Stream stream) {
+Error pack_elements(const ConvolutionPass& pass, const void* weight, void* packed, Stream stream) {
   const int64_t elements = packed_weight_bytes(pass, sizeof(T)) / static_cast<int64_t>(sizeof(T));
   LaunchGrid grid;
   grid.x = static_cast<unsigned>(std::min(kMostBlocksX, ceil_div(elements, kPackThreads)));
@@ -61,18 +61,6 @@ bool weights_are_chunks(const ConvolutionPass& pass, int64_t element_bytes, int6
          pass.weight_stride_s % elements == 0;
 }
 
-// Whether runs of 16 bytes of a tile's results lie in one piece.
-bool results_are_vectors(const ConvolutionPass& pass, const SourcePatch& patch,
-                         int64_t element_bytes, int64_t alignment) {
-  const int64_t elements = kVectorBytes / element_bytes;
-  if (alignment % kVectorBytes != 0) return false;
-  if (pass.result_stride_c == 1) {
-    return pass.result_channels % elements == 0 && pass.result_stride_w % elements == 0;
-  }
-  return pass.phase_count == 1 && pass.result_step_w == 1 && patch.columns % elements == 0 &&
-         pass.phases[0].columns % elements == 0;
-}
-
 Error run_products(DType dtype, TensorProducts products, const GemmCall& call) {
   if (dtype == DType::float16) return launch_gemm<Products16<float16>>(call);
   if (dtype == DType::bfloat16) return launch_gemm<Products16<bfloat16>>(call);
@@ -85,6 +73,15 @@ Error run_products(DType dtype, TensorProducts products, const GemmCall& call) {
 int64_t packed_weight_bytes(const ConvolutionPass& pass, int64_t element_bytes) {
   return int64_t{pass.groups} * pass.result_channels * pass.kernel_taps() *
          round_up(pass.source_channels * element_bytes, kChunkBytes);
+}
+
+Error pack_weights(DType dtype, const ConvolutionPass& pass, const void* weight, void* packed,
+                   Stream stream) {
+  Error error = kSuccess;
+  with_dtype(dtype, [&](auto element) {
+    error = pack_elements<decltype(element)>(pass, weight, packed, stream);
+  });
+  return error;
 }
 
 GemmChoice make_gemm_choice(const ConvolutionPass& pass, DType dtype, int rows, int columns,
@@ -118,10 +115,7 @@ Error implicit_gemm_pass(DType dtype, const GemmChoice& choice, ConvolutionPass 
                          bool relu, const MaxPool2dProblem* pool, void* argmax, void* workspace,
                          Stream stream) {
   if (choice.packs_weights) {
-    Error error = kSuccess;
-    with_dtype(dtype, [&](auto element) {
-      error = pack_weights<decltype(element)>(pass, weight, workspace, stream);
-    });
+    const Error error = pack_weights(dtype, pass, weight, workspace, stream);
     if (error != kSuccess) return error;
     read_packed(pass, element_size(dtype));
     weight = workspace;

@@ -38,7 +38,11 @@ struct GemmChoice {
 GemmChoice make_gemm_choice(const ConvolutionPass& pass, DType dtype, int rows, int columns,
                             TensorProducts products, int64_t alignment);
 
+// The weights as [group][result channel][tap][source channel], with zeros behind the last channel
+// up to 16 bytes, and how many bytes that takes. Not of float64.
 int64_t packed_weight_bytes(const ConvolutionPass& pass, int64_t element_bytes);
+Error pack_weights(DType dtype, const ConvolutionPass& pass, const void* weight, void* packed,
+                   Stream stream);
 
 // What a block takes of shared memory: more than any device has where offsets exceed 32 bits. The
 // pool may be null.
@@ -52,6 +56,14 @@ Error implicit_gemm_pass(DType dtype, const GemmChoice& choice, ConvolutionPass 
                          const void* source, const void* weight, const void* bias, void* result,
                          bool relu, const MaxPool2dProblem* pool, void* argmax, void* workspace,
                          Stream stream);
+
+// By warpgroup products of sm_90a: whether they take a pass, whose source has this alignment. Code
+// for other architectures lacks the kernel, and a launch of it is an error.
+bool wgmma_applies(const ConvolutionPass& pass, DType dtype, int64_t alignment,
+                   const DeviceLimits& limits);
+// workspace has packed_weight_bytes.
+Error wgmma_pass(DType dtype, const ConvolutionPass& pass, const void* source, const void* weight,
+                 const void* bias, void* result, bool relu, void* workspace, Stream stream);
 
 // The weight's gradient, of the forward pass: `parts` of the output pixels have totals of their own
 // in the workspace, weight_total_bytes in all.

@@ -31,12 +31,12 @@ Error launch(void (*kernel)(Parameters...), const LaunchGrid& grid, int shared_b
                 "more arguments than a kernel takes");
   const dim3 blocks(grid.x, grid.y, grid.z);
   const dim3 threads(grid.block_x, grid.block_y, grid.block_z);
-#ifdef __CUDACC__
   if (shared_bytes > kUnaskedSharedBytes) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
+#ifdef __CUDACC__
   kernel<<<blocks, threads, static_cast<size_t>(shared_bytes), stream>>>(
       static_cast<Parameters>(arguments)...);
 #else

@@ -64,6 +64,45 @@ constexpr double kPixelCost = 1.5;
 // Rows of eight neighbours are read without conflicts.
 constexpr double kBrokenRowCost = 1.1;
 
+// Units of a phase: results, or pooling windows.
+int units_down(const PassPhase& phase, const MaxPool2dProblem* pool) {
+  return pool ? static_cast<int>(pool->out_height) : phase.rows;
+}
+int units_across(const PassPhase& phase, const MaxPool2dProblem* pool) {
+  return pool ? static_cast<int>(pool->out_width) : phase.columns;
+}
+
+// All else, where the results of a tile are known.
+void place_tiles(const ConvolutionPass& pass, const MaxPool2dProblem* pool, SourcePatch& patch) {
+  patch.results = patch.images * patch.rows * patch.columns;
+  const int stride = pool ? kBlockPoolStride : 1;
+  const int windows_down = patch.step_rows / stride;
+  const int windows_across = patch.step_columns / stride;
+  for (int i = 0; i < pass.phase_count && patch.images > 0; ++i) {
+    const PassPhase& phase = pass.phases[i];
+    const TapRange range = tap_range(pass, phase);
+    PatchPhase& own = patch.phases[i];
+    own.tiles_down = static_cast<int>(ceil_div(units_down(phase, pool), windows_down));
+    own.tiles_across = static_cast<int>(ceil_div(units_across(phase, pool), windows_across));
+    own.first_tile = static_cast<int>(patch.tiles);
+    own.row = range.first_row;
+    own.column = range.first_column;
+    own.height = patch_extent(patch.rows, patch.result_step_h, range.first_row, range.last_row,
+                              patch.source_step_h);
+    own.width = patch_extent(patch.columns, patch.result_step_w, range.first_column,
+                             range.last_column, patch.source_step_w);
+    patch.tiles += ceil_div(pass.images, patch.images) * own.tiles_down * own.tiles_across;
+    patch.pixels = std::max(patch.pixels, patch.images * own.height * own.width);
+    for (int t = phase.first_tap; t < phase.first_tap + phase.taps; ++t) {
+      const PassTap tap = pass.taps[t];
+      patch.taps[t].pixel = (tap.row - range.first_row) / patch.source_step_h * own.width +
+                            (tap.column - range.first_column) / patch.source_step_w;
+      patch.taps[t].weight = static_cast<int>(tap.index / pass.kernel_width * pass.weight_stride_r +
+                                              tap.index % pass.kernel_width * pass.weight_stride_s);
+    }
+  }
+}
+
 }  // namespace
 
 SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
@@ -75,22 +114,16 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
   const int64_t kernel_h = pool ? pool->kernel_height : 1, kernel_w = pool ? pool->kernel_width : 1;
   const int64_t stride = pool ? kBlockPoolStride : 1;
   const int64_t pad_h = pool ? pool->pad_top : 0, pad_w = pool ? pool->pad_left : 0;
-  const auto units_down = [&](const PassPhase& phase) {
-    return pool ? static_cast<int>(pool->out_height) : phase.rows;
-  };
-  const auto units_across = [&](const PassPhase& phase) {
-    return pool ? static_cast<int>(pool->out_width) : phase.columns;
-  };
   double least = std::numeric_limits<double>::infinity();
-  for (int cuts = 1; cuts <= units_across(largest); ++cuts) {
-    const int across = static_cast<int>(ceil_div(units_across(largest), cuts));
-    const TileAxis columns = cut_axis(units_across(largest), across, kernel_w, stride, pad_w);
+  for (int cuts = 1; cuts <= units_across(largest, pool); ++cuts) {
+    const int across = static_cast<int>(ceil_div(units_across(largest, pool), cuts));
+    const TileAxis columns = cut_axis(units_across(largest, pool), across, kernel_w, stride, pad_w);
     const int most_rows = most_results / columns.results;
     if (most_rows < kernel_h) continue;
     const int fitting = static_cast<int>((most_rows - kernel_h) / stride) + 1;
-    const int down_tiles = static_cast<int>(ceil_div(units_down(largest), fitting));
-    const int down = static_cast<int>(ceil_div(units_down(largest), down_tiles));
-    const TileAxis rows = cut_axis(units_down(largest), down, kernel_h, stride, pad_h);
+    const int down_tiles = static_cast<int>(ceil_div(units_down(largest, pool), fitting));
+    const int down = static_cast<int>(ceil_div(units_down(largest, pool), down_tiles));
+    const TileAxis rows = cut_axis(units_down(largest, pool), down, kernel_h, stride, pad_h);
     int images = 1;
     if (rows.tiles == 1 && columns.tiles == 1) {
       images = std::min(pass.images, most_results / (rows.results * columns.results));
@@ -117,32 +150,17 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
     }
     if (columns.results < 8) break;
   }
-  patch.results = patch.images * patch.rows * patch.columns;
-  const int windows_down = patch.step_rows / static_cast<int>(stride);
-  const int windows_across = patch.step_columns / static_cast<int>(stride);
-  for (int i = 0; i < pass.phase_count && patch.images > 0; ++i) {
-    const PassPhase& phase = pass.phases[i];
-    const TapRange range = tap_range(pass, phase);
-    PatchPhase& own = patch.phases[i];
-    own.tiles_down = static_cast<int>(ceil_div(units_down(phase), windows_down));
-    own.tiles_across = static_cast<int>(ceil_div(units_across(phase), windows_across));
-    own.first_tile = static_cast<int>(patch.tiles);
-    own.row = range.first_row;
-    own.column = range.first_column;
-    own.height = patch_extent(patch.rows, patch.result_step_h, range.first_row, range.last_row,
-                              patch.source_step_h);
-    own.width = patch_extent(patch.columns, patch.result_step_w, range.first_column,
-                             range.last_column, patch.source_step_w);
-    patch.tiles += ceil_div(pass.images, patch.images) * own.tiles_down * own.tiles_across;
-    patch.pixels = std::max(patch.pixels, patch.images * own.height * own.width);
-    for (int t = phase.first_tap; t < phase.first_tap + phase.taps; ++t) {
-      const PassTap tap = pass.taps[t];
-      patch.taps[t].pixel = (tap.row - range.first_row) / patch.source_step_h * own.width +
-                            (tap.column - range.first_column) / patch.source_step_w;
-      patch.taps[t].weight = static_cast<int>(tap.index / pass.kernel_width * pass.weight_stride_r +
-                                              tap.index % pass.kernel_width * pass.weight_stride_s);
-    }
-  }
+  place_tiles(pass, pool, patch);
+  return patch;
+}
+
+SourcePatch fixed_source_patch(const ConvolutionPass& pass, int rows, int columns) {
+  SourcePatch patch = {};
+  find_steps(pass, patch);
+  patch.images = 1;
+  patch.rows = patch.step_rows = rows;
+  patch.columns = patch.step_columns = columns;
+  place_tiles(pass, nullptr, patch);
   return patch;
 }
 

@@ -47,6 +47,9 @@ constexpr int kBlockPoolStride = 2;
 SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
                               const MaxPool2dProblem* pool);
 
+// The same with tiles of so many rows and columns of the results of one image, without a pool.
+SourcePatch fixed_source_patch(const ConvolutionPass& pass, int rows, int columns);
+
 // Whether offsets inside of a tile's images, and of the weights, have 32 bits.
 bool patch_is_addressable(const ConvolutionPass& pass, const SourcePatch& patch);
 

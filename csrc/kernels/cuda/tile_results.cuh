@@ -20,6 +20,18 @@ struct ResultTarget {
   bool vectors;  // rows of a plane, or channels of a pixel, take accesses of 16 bytes
 };
 
+// Whether runs of 16 bytes of a tile's results lie in one piece.
+inline bool results_are_vectors(const ConvolutionPass& pass, const SourcePatch& patch,
+                                int64_t element_bytes, int64_t alignment) {
+  const int64_t elements = kVectorBytes / element_bytes;
+  if (alignment % kVectorBytes != 0) return false;
+  if (pass.result_stride_c == 1) {
+    return pass.result_channels % elements == 0 && pass.result_stride_w % elements == 0;
+  }
+  return pass.phase_count == 1 && pass.result_step_w == 1 && patch.columns % elements == 0 &&
+         pass.phases[0].columns % elements == 0;
+}
+
 // Of square windows of 2x2 or 3x3.
 struct BlockPool {
   int kernel, pad;
