@@ -99,8 +99,8 @@ MaxPool2dProblem pooling_of_any_size(Random& random) {
 constexpr Conv2dPass kPasses[] = {Conv2dPass::forward, Conv2dPass::input_gradient,
                                   Conv2dPass::weight_gradient, Conv2dPass::bias_gradient};
 constexpr Conv2dPolicy kPolicies[] = {Conv2dPolicy::automatic, Conv2dPolicy::native,
-                                      Conv2dPolicy::direct, Conv2dPolicy::implicit_gemm,
-                                      Conv2dPolicy::depthwise};
+                                      Conv2dPolicy::direct,    Conv2dPolicy::implicit_gemm,
+                                      Conv2dPolicy::depthwise, Conv2dPolicy::wgmma};
 
 DeviceLimits any_device(Random& random) {
   DeviceLimits limits = cuda::architecture_limits(kCapabilities[random.between(0, 10)]);
@@ -202,6 +202,10 @@ void check_pass_plan(const Conv2dProblem& p, const Conv2dPlan& plan, cuda::Convo
              "the grid of the implicit GEMM");
       break;
     }
+    case Conv2dAlgorithm::wgmma:
+      expect(cuda::wgmma_applies(pass, p.dtype, alignment, limits), "products that there are");
+      expect(plan.workspace_bytes == cuda::packed_weight_bytes(pass, bytes), "packed weights fit");
+      break;
     case Conv2dAlgorithm::depthwise:
       expect(pass.source_channels * pass.kernel_taps() <= cuda::kMostDepthwiseWeights,
              "weights fit in shared memory");
@@ -392,7 +396,10 @@ void check_conv2d_plan(Random& random) {
       const bool too_large =
           choice == Conv2dAlgorithm::implicit_gemm &&
           plan.algorithm == (of_weight ? Conv2dAlgorithm::plain : Conv2dAlgorithm::direct);
-      expect(plan.algorithm == choice || too_large, "and so is a choice");
+      expect(plan.algorithm == choice || too_large || plan.algorithm == Conv2dAlgorithm::wgmma,
+             "and so is a choice");
+      expect(plan.algorithm != Conv2dAlgorithm::wgmma || policy == Conv2dPolicy::wgmma,
+             "warpgroup products only by name");
       if (p.batch == 0) continue;  // which is planned, for explain, and never launched
       if (plan.algorithm == Conv2dAlgorithm::aten) {
         expect(policy == Conv2dPolicy::automatic, "torch is chosen where it may be");
@@ -507,7 +514,7 @@ void check_planned_conv2d(Random& random) {
   } while (p.batch == 0 || p.multiply_adds() > kMostProducts ||
            !cuda::conv2d_not_native(p).empty());
   p.relu = random.chance(40);
-  const Conv2dPolicy policy = kPolicies[random.between(1, 4)];
+  const Conv2dPolicy policy = kPolicies[random.between(1, 5)];
   const DeviceLimits limits = any_device(random);
   set_context(kernel_tests::describe(p) + " by " + cuda::policy_name(policy));
   const auto element = kernel_tests::element_of(p.dtype);

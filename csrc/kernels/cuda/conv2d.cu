@@ -12,6 +12,8 @@ Error run_pass(const Conv2dProblem& problem, const Conv2dPlan& plan, const Convo
     case Conv2dAlgorithm::implicit_gemm:
       return implicit_gemm_pass(problem.dtype, plan.gemm, pass, source, weight, bias, result, relu,
                                 pool, argmax, workspace, stream);
+    case Conv2dAlgorithm::wgmma:
+      return wgmma_pass(problem.dtype, pass, source, weight, bias, result, relu, workspace, stream);
     case Conv2dAlgorithm::depthwise:
       return depthwise_pass(problem.dtype, pass, source, weight, bias, result, relu, stream);
     default:

@@ -18,6 +18,7 @@ enum class Conv2dAlgorithm : uint8_t {
   direct,         // forward and input gradient: conv2d_direct.cu
   implicit_gemm,  // on tensor cores: conv2d_implicit_gemm.cu, conv2d_weight_gradient.cu
   depthwise,      // few channels a group: conv2d_depthwise.cu
+  wgmma,          // by warpgroup products of 9.0: conv2d_wgmma.cu
   plain,          // weight gradient without tensor cores: conv2d_weight_gradient.cu
   sum,            // bias gradient: conv2d_bias_gradient.cu
 };
@@ -32,6 +33,8 @@ inline const char* algorithm_name(Conv2dAlgorithm algorithm) {
       return "implicit GEMM";
     case Conv2dAlgorithm::depthwise:
       return "depthwise";
+    case Conv2dAlgorithm::wgmma:
+      return "wgmma";
     case Conv2dAlgorithm::plain:
       return "plain";
     default:
@@ -48,9 +51,11 @@ enum class Conv2dPolicy : uint8_t {
   direct,
   implicit_gemm,
   depthwise,
+  wgmma,  // which has not run on a device yet, so that nothing else chooses it
 };
 
-// Its value of CNNKERNELS_CUDA_CONV2D: "auto", "native", "direct", "implicit_gemm" or "depthwise".
+// Its value of CNNKERNELS_CUDA_CONV2D: "auto", "native", "direct", "implicit_gemm", "depthwise" or
+// "wgmma".
 const char* policy_name(Conv2dPolicy policy);
 
 struct Conv2dPolicyChoice {

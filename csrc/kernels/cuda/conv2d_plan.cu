@@ -461,11 +461,18 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& p, Conv2dPass pass, int64_t alignmen
   plan.alignment = alignment;
   if (pass == Conv2dPass::bias_gradient) {
     size_bias_gradient(p, limits, plan);
-  } else if (pass == Conv2dPass::weight_gradient) {
+    return plan;
+  }
+  if (pass == Conv2dPass::weight_gradient) {
     size_weight_gradient(p, alignment, limits, plan);
+    return plan;
+  }
+  const ConvolutionPass of_kernel =
+      pass == Conv2dPass::forward ? forward_pass(p) : input_gradient_pass(p);
+  if (policy == Conv2dPolicy::wgmma && wgmma_applies(of_kernel, p.dtype, alignment, limits)) {
+    plan.algorithm = Conv2dAlgorithm::wgmma;
+    plan.workspace_bytes = packed_weight_bytes(of_kernel, element_size(p.dtype));
   } else if (plan.algorithm == Conv2dAlgorithm::implicit_gemm) {
-    const ConvolutionPass of_kernel =
-        pass == Conv2dPass::forward ? forward_pass(p) : input_gradient_pass(p);
     size_gemm(p, shape_of(p, pass), of_kernel, nullptr, alignment, limits, plan);
   }
   return plan;
