@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kGemmThreads, gemm_blocks<Products>(kRows, kCo
   constexpr int kRowTiles = kRows / 32, kColumnTiles = kColumns / 16;  // of a warp
   constexpr int kWeightPlane = chunk_plane_bytes(kColumns);
   constexpr int kWeightPieces = kColumns * kSlabChunks / kGemmThreads;
+  if (!kAmpere) return;
   CNNK_DYNAMIC_SHARED(unsigned char, shared);
   int* const offsets = reinterpret_cast<int*>(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
