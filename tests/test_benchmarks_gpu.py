@@ -109,6 +109,28 @@ def optimizer_row(name: str, foreach: float, fused: float, share: float) -> Row:
     )
 
 
+def convolution_row(kind: str, dtype: str, mode: str, **ratios: float) -> Row:
+    """A row of our own times 1e-5 s; ratios by name, those of forced kernels too."""
+    labels = [f"{side} {layout}" for side in (TORCH, OURS) for layout in (NCHW, CHANNELS_LAST)]
+    return Row(
+        suite=convolution.SUITE,
+        name="layer",
+        batch=32,
+        dtype=dtype,
+        mode=mode,
+        kind=kind,
+        native=True,
+        measured={
+            label: replace(measured(label, 1e-5, 0.25), matmul_share=0.5, plan="direct")
+            for label in labels
+        },
+        comparisons={
+            name: Comparison(OURS, TORCH, Spread(ratio, ratio, ratio), None)
+            for name, ratio in ratios.items()
+        },
+    )
+
+
 class TestSuites:
     def test_every_row_of_the_dry_run_is_measured_and_agrees_with_float64(self, tmp_path, capsys):
         file = tmp_path / "results.json"
@@ -322,6 +344,9 @@ class TestConvolution:
             def set_cuda_conv2d(self, name: str) -> None:
                 policies.append(name)
 
+            def config(self) -> dict[str, str]:
+                return {"cuda_conv2d": policies[-1] if policies else "auto"}
+
         class OnGpu:
             is_cuda = True
 
@@ -333,7 +358,6 @@ class TestConvolution:
                 return {"algorithm": plan, "input_gradient": "direct", "weight_gradient": plan}
 
         monkeypatch.setattr(convolution._native, "library", Library())
-        monkeypatch.delenv("CNNKERNELS_CUDA_CONV2D", raising=False)
         functions = convolution._functions(read_conv2d_layers("tutorial")[0])
         tensors = {layout: Explained() for layout in (NCHW, CHANNELS_LAST)}
         found = {
@@ -583,6 +607,52 @@ class TestPage:
         assert fused.holds
         assert {verdict.goal for verdict in found.values()} < set(GOALS)
 
+    def test_goals_of_convolutions_speak_of_their_kinds(self):
+        first = convolution_row(convolution.FIRST, FP16, FORWARD, NCHW=1.5, channels_last=1.1)
+        rows = [
+            first,
+            replace(first, kind=convolution.DEPTHWISE),
+            convolution_row(
+                convolution.NARROW, FP16, FORWARD, NCHW=1.4, **{convolution.CUDNN_ALONE: 0.7}
+            ),
+            convolution_row(convolution.WIDE, FP16, FORWARD, NCHW=0.1),
+            convolution_row(convolution.WIDE, FP32, FORWARD, NCHW=9.0, same=1.2),
+            convolution_row(convolution.WIDE, TF32, convolution.BACKWARD, NCHW=1.1),
+            convolution_row(convolution.NARROW, FP32, convolution.WEIGHT_GRADIENT, NCHW=0.9),
+        ]
+        found = {
+            verdict.goal.text.partition(":")[0].partition(",")[0]: verdict
+            for verdict in verdicts(rows)
+        }
+        assert (found["first layers"].worst, found["first layers"].holds) == (1.1, False)
+        assert (found["depthwise"].worst, found["depthwise"].rows) == (1.1, 1)
+        fp16 = [verdict for verdict in verdicts(rows) if verdict.goal.text.startswith("fp16")]
+        assert [(each.worst, each.rows, each.holds) for each in fp16] == [
+            (1.4, 1, True),
+            (0.7, 1, False),
+        ]
+        assert (found["strict fp32"].worst, found["strict fp32"].rows) == (1.2, 1)
+        assert (found["convolution"].worst, found["convolution"].rows) == (0.9, 2)
+
+    def test_forced_kernels_plans_and_ceilings_have_columns(self):
+        row = convolution_row(
+            convolution.WIDE, FP32, FORWARD, NCHW=0.9, channels_last=0.8,
+            **{"native channels_last": 0.4},
+        )  # fmt: skip
+        row.measured[f"{OURS} {CHANNELS_LAST}"] = replace(
+            row.measured[f"{OURS} {CHANNELS_LAST}"], plan="aten"
+        )
+        lost = replace(row, native=False, measured={}, comparisons={}, failure="no memory")
+        table = tables_of([row, lost])[-1]
+        cells = dict(zip(table.heads, table.rows[0], strict=True))
+        assert cells["plan"] == "direct / aten"
+        assert cells["forced"] == "– / 0.40"
+        assert (cells["NCHW"], cells["NHWC"]) == ("0.90", "0.80")
+        assert (cells["of matmul"], cells["of copy"]) == ("50%", "25%")
+        assert cells["our µs, NCHW / NHWC"] == "10.0 / 10.0"
+        assert table.rows[1][:2] == ["layer, batch 32, fp32", "failed: no memory"]
+        assert all(len(cells) == len(table.heads) for cells in table.rows)
+
     def test_losing_delegated_and_failed_rows_stay(self):
         rows = [
             optimizer_row("1M in 1", 0.5, 0.4, 0.1),
@@ -693,6 +763,7 @@ class TestRunner:
         def step(name: str) -> Step:
             return Step(name, 30, lambda limit: python("print(1)"))
 
+        monkeypatch.setattr(run, "_facts", lambda environment: step("environment"))
         monkeypatch.setattr(run, "_build", lambda environment: step("build"))
         monkeypatch.setattr(run, "_tests", lambda environment: [step("tests")])
         monkeypatch.setattr(run, "_sanitizers", lambda environment: [step("sanitizer")])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -314,12 +313,14 @@ def has_policies() -> bool:
 @contextlib.contextmanager
 def cuda_policy(name: str) -> Iterator[None]:
     """Lets the library choose on CUDA by a policy: "auto", "native", or an algorithm's name."""
-    assert _native.library is not None
-    _native.library.set_cuda_conv2d(name)
+    library = _native.library
+    assert library is not None
+    before = library.config()["cuda_conv2d"]
+    library.set_cuda_conv2d(name)
     try:
         yield
     finally:
-        _native.library.set_cuda_conv2d(os.environ.get("CNNKERNELS_CUDA_CONV2D") or "auto")
+        library.set_cuda_conv2d(before)
 
 
 @contextlib.contextmanager

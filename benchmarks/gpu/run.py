@@ -229,6 +229,11 @@ def _cuda_program(name: str) -> str | None:
     return None
 
 
+def _facts(environment: dict[str, str]) -> Step:
+    command = [sys.executable, "-m", "benchmarks.gpu.device"]
+    return Step("environment", 60, lambda limit: command, environment)
+
+
 def _build(environment: dict[str, str]) -> Step:
     import torch
 
@@ -340,8 +345,7 @@ def run_all(args: argparse.Namespace) -> int:
     environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     runner = Runner(folder, args.seconds)
     with _ended_with(runner):
-        facts = [sys.executable, "-m", "benchmarks.gpu.device"]
-        runner.run(Step("environment", 60, lambda limit: facts, environment))
+        runner.run(_facts(environment))
         if runner.run(_build(environment)):
             # Where the kernels cannot run, no test may be skipped for it.
             required = environment | {"CNNKERNELS_CUDA": "require"}

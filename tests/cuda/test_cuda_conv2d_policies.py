@@ -7,7 +7,6 @@ rounded once, and equal maxima are equal everywhere.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,8 +75,7 @@ LAYERS = {
         Layer((2, 64, 5, 9), 72, (1, 1)),
     ],
 }
-CASES = [(policy, layer) for policy, layers in LAYERS.items() for layer in layers]
-CASES += [("native", layers[0]) for layers in LAYERS.values()]
+LAYERS["native"] = [layers[0] for layers in LAYERS.values()]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 # With the pools that a kernel joins, and with one that it does not.
 BLOCKS = [
@@ -88,15 +86,19 @@ BLOCKS = [
 
 
 @contextlib.contextmanager
-def forced(policy: str, allow_tf32: bool = False) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allow_tf32
-    _native.library.set_cuda_conv2d(policy)
+def forced(policy: str, allow_tf32: bool) -> Iterator[None]:
+    conv, library = torch.backends.cudnn.conv, _native.library
+    before = conv.fp32_precision, library.config()["cuda_conv2d"]
+    try:
+        library.set_cuda_conv2d(policy)
+    except ValueError as error:
+        pytest.skip(str(error))
+    conv.fp32_precision = "tf32" if allow_tf32 else "ieee"
     try:
         yield
     finally:
-        _native.library.set_cuda_conv2d(os.environ.get("CNNKERNELS_CUDA_CONV2D") or "auto")
-        torch.backends.cudnn.allow_tf32 = before
+        conv.fp32_precision = before[0]
+        library.set_cuda_conv2d(before[1])
 
 
 def integers(size: tuple[int, ...], seed: int) -> Tensor:
@@ -145,12 +147,15 @@ PRECISIONS = [
 ]
 
 
+@pytest.mark.parametrize("policy", LAYERS)
 @pytest.mark.parametrize(("dtype", "allow_tf32"), PRECISIONS)
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_convolutions(
-    memory_format: torch.memory_format, dtype: torch.dtype, allow_tf32: bool
+    memory_format: torch.memory_format, dtype: torch.dtype, allow_tf32: bool, policy: str
 ) -> None:
-    for policy, layer in CASES:
+    # Where the policy's kernel does not apply, another of this package runs.
+    kernels = ("conv2d", "conv2d_backward")
+    for layer in LAYERS[policy]:
 
         def torchs(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer = layer) -> Tensor:
             return F.conv2d(x, weight, bias, *layer.geometry())
@@ -158,13 +163,12 @@ def test_convolutions(
         def ours(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer = layer) -> Tensor:
             return functional.conv2d(x, weight, bias, *layer.geometry())
 
-        kernels = ("conv2d", "conv2d_backward") if policy == "native" else ()
         with forced(policy, allow_tf32), runs_kernel(*kernels):
             compare(ours, torchs, layer, dtype, memory_format)
 
 
 @pytest.mark.parametrize(("dtype", "allow_tf32"), PRECISIONS)
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_blocks(memory_format: torch.memory_format, dtype: torch.dtype, allow_tf32: bool) -> None:
     for policy, layer, pool in BLOCKS:
 
