@@ -80,13 +80,11 @@ Error weight_gradient_plain(DType dtype, const ConvolutionPass& pass, int parts,
 
 // Of few channels a group: the weights of a result channel, and of a block, fit in shared memory.
 constexpr int kMostDepthwiseWeights = 4096;
-// Whether the kernel of NHWC takes a pass.
-bool depthwise_channels_apply(const ConvolutionPass& pass, int64_t element_bytes,
-                              int64_t alignment);
-// Vectors of channels of its block.
-int depthwise_block_vectors(const ConvolutionPass& pass, int64_t element_bytes);
-Error depthwise_pass(DType dtype, ConvolutionPass pass, bool channels, const void* source,
-                     const void* weight, const void* bias, void* result, bool relu, Stream stream);
+// How they read is chosen by the tensors' addresses.
+Error depthwise_pass(DType dtype, ConvolutionPass pass, const void* source, const void* weight,
+                     const void* bias, void* result, bool relu, Stream stream);
+// Parts that give each multiprocessor some blocks, of enough pixels to be worth their reduction.
+int depthwise_weight_parts(DType dtype, const ConvolutionPass& pass, int multiprocessors);
 Error depthwise_weight_gradient(DType dtype, const ConvolutionPass& pass, int parts,
                                 const void* gradient, const void* source, void* grad_weight,
                                 void* workspace, Stream stream);
