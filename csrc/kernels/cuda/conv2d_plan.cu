@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "kernels/cuda/conv2d.h"
+#include "kernels/cuda/source_patch.h"
 
 namespace cnnkernels::cuda {
 namespace {
