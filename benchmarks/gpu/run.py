@@ -43,10 +43,10 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # The suites of the benchmark, and the seconds that each may take at most.
 SUITES = {
     "convolution": 190.0,
-    "block": 100.0,
+    "block": 120.0,
     "network": 90.0,
-    "max_pool2d": 90.0,
-    "optimizer": 60.0,
+    "max_pool2d": 75.0,
+    "optimizer": 45.0,
 }
 
 _TOTAL_SECONDS = 585.0
