@@ -324,17 +324,6 @@ def test_the_device_of_the_input_is_used() -> None:
     assert torch.equal(output.detach().cpu(), F.max_pool2d(x.detach().cpu(), 2))
 
 
-def test_convolutions_are_left_to_torch() -> None:
-    x = torch.randn(2, 3, 8, 8, device="cuda")
-    weight, bias = torch.randn(4, 3, 3, 3, device="cuda"), torch.randn(4, device="cuda")
-    expected = F.conv2d(x, weight, bias, padding=1)
-    torch.testing.assert_close(functional.conv2d(x, weight, bias, padding=1), expected)
-    torch.testing.assert_close(
-        functional.conv2d_relu_max_pool2d(x, weight, bias, padding=1, pool_kernel_size=2),
-        F.max_pool2d(F.relu(expected), 2),
-    )
-
-
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
