@@ -9,7 +9,7 @@ from pathlib import Path
 
 SHAPES = Path(__file__).parent / "shapes"
 
-CONV2D_FILES = ("tutorial", "mobilenet_v2", "resnet50_v1_5", "vgg16")
+CONV2D_FILES = ("tutorial", "mobilenet_v2", "resnet50_v1_5", "small_cnn", "vgg16")
 """Files of convolution layers. ``max_pool.csv`` holds the pooling layers."""
 
 TUTORIAL_PREFIXES = ("ch1_", "ch2_")
@@ -105,7 +105,7 @@ def batches_for(layer: str, asked: tuple[int, ...] | None) -> tuple[int, ...]:
 def _has_bias(file: str, layer: str) -> bool:
     # Batch norm replaces the bias in ResNet and MobileNet, and the chapters' examples of a single
     # convolution switch it off.
-    return file == "vgg16" or "_net_" in layer
+    return file in ("small_cnn", "vgg16") or "_net_" in layer
 
 
 def _rows(file: str) -> Iterator[dict[str, str]]:

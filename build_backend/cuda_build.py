@@ -17,8 +17,9 @@ from typing import Any
 CUDA_MODE = os.environ.get("CNNKERNELS_CUDA", "auto").strip().lower()
 
 # What a release is built for. Code for an architecture runs on later minor versions of its major
-# one, and PTX for the last on all that come.
-RELEASE_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# one, and PTX for the last on all that come; but what is for 9.0a, where alone there are warpgroup
+# products, runs on devices of 9.0 and no others.
+RELEASE_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 # Kernels take more than 4 KiB of arguments, which this release was the first to allow.
 OLDEST_TOOLKIT = (12, 1)
 NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr")
@@ -52,8 +53,11 @@ def release_architectures(supported: str) -> str:
         supported: what ``nvcc --list-gpu-arch`` prints: a line ``compute_90`` for each.
     """
     known = set(re.findall(r"compute_(\d+)", supported))
-    chosen = [name for name in RELEASE_ARCHITECTURES if name.replace(".", "") in known]
-    return ";".join([*chosen[:-1], f"{chosen[-1]}+PTX"]) if chosen else ""
+    chosen = [
+        name for name in RELEASE_ARCHITECTURES if name.replace(".", "").removesuffix("a") in known
+    ]
+    last = next((name for name in reversed(chosen) if not name.endswith("a")), None)
+    return ";".join(f"{name}+PTX" if name == last else name for name in chosen)
 
 
 def _check_that_it_compiles(nvcc: Path) -> None:

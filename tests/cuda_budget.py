@@ -10,7 +10,8 @@ disassembly are its *measures*; the budget file bounds them. nvcc brings ptxas. 
 the same toolkit or from PyPI, as nvidia-cuda-nvdisasm.
 
 A kernel goes by its name and template arguments, ``gradient_step<float, true>``: without its
-namespaces, its parameters, and the hash of the file that an anonymous namespace brings along.
+namespaces, its parameters, and the hash of the file that an anonymous namespace brings along. What
+holds for one architecture alone is a budget of ``gradient_step<float, true> on sm_90a``.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ SASS_MEASURES = (
     "stores_64",
     "stores_narrow",
     "async_copies",
+    "tensor_copies",
     "matrix_loads",
     "tensor_products",
+    "warpgroup_products",
     "block_barriers",
 )
 MEASURES = PTXAS_MEASURES + SASS_MEASURES
@@ -88,14 +91,14 @@ INSTRUCTION_KINDS = {
     "ATOM": "generic_accesses",
     "LDGSTS": "async_copies",
     "UBLKCP": "async_copies",
-    "UTMALDG": "async_copies",
+    "UTMALDG": "tensor_copies",
     "LDSM": "matrix_loads",
     "HMMA": "tensor_products",
     "IMMA": "tensor_products",
     "DMMA": "tensor_products",
-    "HGMMA": "tensor_products",
-    "IGMMA": "tensor_products",
-    "QGMMA": "tensor_products",
+    "HGMMA": "warpgroup_products",
+    "IGMMA": "warpgroup_products",
+    "QGMMA": "warpgroup_products",
     "BAR": "block_barriers",
 }
 
@@ -126,8 +129,17 @@ class Kernel:
     source: str
     measures: dict[str, int]
 
+    @property
+    def place(self) -> str:
+        """The name that it has on one architecture alone."""
+        return f"{self.name} on {self.architecture}"
+
+    def is_named(self, pattern: str) -> bool:
+        """Whether a section's pattern is for this kernel."""
+        return any(fnmatch.fnmatchcase(name, pattern) for name in (self.name, self.place))
+
     def __str__(self) -> str:
-        return f"{self.name} on {self.architecture} ({self.source})"
+        return f"{self.place} ({self.source})"
 
 
 @dataclass(frozen=True)
@@ -159,12 +171,12 @@ class Budget:
 
     sections: dict[str, list[Limit]]
 
-    def limits(self, name: str) -> dict[str, Limit]:
+    def limits(self, kernel: Kernel) -> dict[str, Limit]:
         """Return the kernel's limits: of those with the same key, the last in the file."""
         return {
             limit.key: limit
             for pattern, limits in self.sections.items()
-            if fnmatch.fnmatchcase(name, pattern)
+            if kernel.is_named(pattern)
             for limit in limits
         }
 
@@ -368,7 +380,7 @@ def check(kernels: Iterable[Kernel], budget: Budget) -> list[str]:
     deciding: set[str] = set()
     matching: set[str] = set()
     for kernel in kernels:
-        limits = budget.limits(kernel.name)
+        limits = budget.limits(kernel)
         # Once, not for each architecture.
         if REQUIRED not in limits and kernel.name not in homeless:
             homeless.add(kernel.name)
@@ -379,9 +391,7 @@ def check(kernels: Iterable[Kernel], budget: Budget) -> list[str]:
             excess = limit.explain_excess(kernel.measures[limit.measure])
             if excess is not None:
                 failures.append(f"{kernel}: {excess}")
-        matching.update(
-            section for section in budget.sections if fnmatch.fnmatchcase(kernel.name, section)
-        )
+        matching.update(section for section in budget.sections if kernel.is_named(section))
     for section in budget.sections:
         if section not in matching:
             failures.append(f"[{section}] names no kernel")
@@ -400,7 +410,7 @@ def update(text: str, kernels: list[Kernel]) -> str:
     measured: dict[tuple[str, str], int] = {}
     missing: dict[str, list[Kernel]] = {}
     for kernel in kernels:
-        limits = budget.limits(kernel.name)
+        limits = budget.limits(kernel)
         if REQUIRED not in limits:
             missing.setdefault(kernel.name.partition("<")[0], []).append(kernel)
         for limit in limits.values():

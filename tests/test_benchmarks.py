@@ -77,7 +77,13 @@ def keep_threads():
 class TestShapes:
     @pytest.mark.parametrize(
         ("file", "rows", "layers"),
-        [("tutorial", 7, 7), ("mobilenet_v2", 30, 52), ("resnet50_v1_5", 23, 53), ("vgg16", 9, 13)],
+        [
+            ("tutorial", 7, 7),
+            ("mobilenet_v2", 30, 52),
+            ("resnet50_v1_5", 23, 53),
+            ("small_cnn", 10, 23),
+            ("vgg16", 9, 13),
+        ],
     )
     def test_conv2d_files_hold_whole_networks(self, file, rows, layers):
         read = read_conv2d_layers(file)

@@ -160,6 +160,8 @@ $_Z6callerPfid$_Z3recPfid:
 _Z5plainPf:
         /*0000*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
         /*0010*/                   LDSM.16.M88.4 R8, [R2] ;
+        /*0018*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0 ;
+        /*001c*/                   UTMALDG.5D [UR8], [UR4], desc[UR6] ;
         /*0020*/                   LDC.64 R2, c[0x0][0x210] ;
 """
 
@@ -298,7 +300,13 @@ def test_disassembly() -> None:
             "async_copies": 1,
             "block_barriers": 1,
         },
-        "_Z5plainPf": {"instructions": 3, "tensor_products": 1, "matrix_loads": 1},
+        "_Z5plainPf": {
+            "instructions": 5,
+            "tensor_products": 1,
+            "matrix_loads": 1,
+            "warpgroup_products": 1,
+            "tensor_copies": 1,
+        },
     }
 
 
@@ -336,6 +344,17 @@ def test_the_last_section_decides() -> None:
         "step<float, 1> on sm_80 (a.cu): registers 17, [step<*>] allows 16",
         "step<float, 1> on sm_80 (a.cu): loads_128 1, [step<*>] asks for at least 2",
     ]
+
+
+def test_a_section_for_one_architecture() -> None:
+    budget = "[step<*>]\nmax_registers = 16\n[step<*> on sm_90a]\nmin_warpgroup_products = 2\n"
+    elsewhere = make_kernel("step<float>")
+    there = Kernel("step<float>", "sm_90a", "a.cu", {**elsewhere.measures})
+    assert failures([elsewhere, there], budget) == [
+        "step<float> on sm_90a (a.cu): warpgroup_products 0, "
+        "[step<*> on sm_90a] asks for at least 2",
+    ]
+    assert failures([elsewhere], budget) == ["[step<*> on sm_90a] names no kernel"]
 
 
 def test_the_budget_cannot_rot() -> None:

@@ -52,13 +52,13 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_release_is_for_all_its_architectures(tmp_path: Path) -> None:
     toolkit = cuda_build.find_toolkit(make_torch("13.0", make_home(tmp_path)))
-    assert toolkit == cuda_build.Toolkit("13.0", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
+    assert toolkit == cuda_build.Toolkit("13.0", "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX")
 
 
 def test_an_older_nvcc_does_not_know_the_last(tmp_path: Path) -> None:
     home = make_home(tmp_path, "12.6", "50 60 70 75 80 86 87 89 90")
     toolkit = cuda_build.find_toolkit(make_torch("12.8", home))
-    assert toolkit == cuda_build.Toolkit("12.6", "7.5;8.0;8.6;8.9;9.0+PTX")
+    assert toolkit == cuda_build.Toolkit("12.6", "7.5;8.0;8.6;8.9+PTX;9.0a")
 
 
 def test_the_user_names_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,11 @@ KERNEL_TESTS = [
     *sorted(KERNELS.glob("*.cu")),
     *sorted(KERNELS.glob("*.cpp")),
     *(CASES / f"{name}.cpp" for name in ("cases", "problems", "reference")),
+    PROGRAM / "conv2d_block_tests.cpp",
     PROGRAM / "conv2d_tests.cpp",
     PROGRAM / "kernel_tests.cpp",
     PROGRAM / "plan_tests.cpp",
+    PROGRAM / "wgmma_tests.cpp",
 ]
 BUILDS = {"plain": ["-O1"], "sanitized": SANITIZE}
 # Of poolings, of steps and of plans; and of convolutions, each of which runs every kernel.
@@ -134,6 +136,7 @@ class Mistake:
     instead: str
     nth: int = 0
     build: str = "plain"
+    source: Path | None = None  # of a header: that in which the mistake is made
 
     def text(self) -> str:
         """The file with the mistake in it."""
@@ -147,12 +150,25 @@ STEP = KERNELS / "gradient_step.cu"
 STRIPS = KERNELS / "max_pool2d_strips.cu"
 WINDOWS = KERNELS / "max_pool2d_windows.cu"
 DIRECT = KERNELS / "conv2d_direct.cu"
-GEMM = KERNELS / "conv2d_implicit_gemm.cu"
+GEMM = KERNELS / "conv2d_implicit_gemm.cuh"
+PATCH = KERNELS / "source_patch.cuh"
+RESULTS = KERNELS / "tile_results.cuh"
+TILE = KERNELS / "gemm_tile.cuh"
 WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
 DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
+WGMMA = KERNELS / "conv2d_wgmma.cu"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
 WINNER = KERNELS / "max_pool2d_device.cuh"
+# Of headers: the source in which a mistake is made. (In products of parts what is no number is
+# computed again, and hides what is never written.)
+SOURCE_OF = {
+    WINNER: WINDOWS,
+    GEMM: KERNELS / "conv2d_implicit_gemm_float16.cu",
+    PATCH: KERNELS / "conv2d_implicit_gemm_float16.cu",
+    RESULTS: KERNELS / "conv2d_implicit_gemm_float16.cu",
+}
+PARTS = KERNELS / "conv2d_implicit_gemm_tf32_parts.cu"
 
 MISTAKES = [
     Mistake("step: stores past the end", STEP, "if (i >= end) break;", "", nth=1,
@@ -208,11 +224,95 @@ MISTAKES = [
     Mistake("winners: the last of equals", WINNER, "other > value", "other >= value"),
     Mistake("winners: no NaN", WINNER, " || other != other", ""),
     Mistake("direct: no barrier before reading", DIRECT, "__syncthreads();", "", nth=-1),
-    Mistake("implicit GEMM: no wait", GEMM, "cp_async_wait<kStages - 2>();", ""),
-    Mistake("implicit GEMM: no barrier", GEMM, "__syncthreads();", ""),
-    Mistake("implicit GEMM: a lane is left out", GEMM, "0xffffffffu", "0x7fffffffu"),
+    Mistake("direct: no barrier before staging", DIRECT,
+            "__syncthreads();  // the last slice is multiplied", ""),
+    Mistake("direct: no barrier before pooling", DIRECT,
+            "__syncthreads();  // all results are staged", ""),
+    Mistake("implicit GEMM: no wait", GEMM, "cp_async_wait<kAhead - 1>();", ""),
+    Mistake("implicit GEMM: waits for too few", GEMM, "cp_async_wait<kAhead - 1>();",
+            "cp_async_wait<kAhead>();"),
+    Mistake("implicit GEMM: no barrier in a step", GEMM,
+            "__syncthreads();  // the step's copies are there, and the step before is multiplied",
+            ""),
+    Mistake("implicit GEMM: no barrier after the places", GEMM,
+            "__syncthreads();  // the pixels' places are there", ""),
+    Mistake("implicit GEMM: no barrier before staging", GEMM,
+            "__syncthreads();  // all is multiplied", ""),
+    Mistake("implicit GEMM: no barrier after staging", GEMM,
+            "__syncthreads();  // all results are staged", ""),
+    Mistake("implicit GEMM: slabs of one buffer", GEMM, "layout.slab_count = patch_slab_count",
+            "layout.slab_count = 0 * patch_slab_count"),
+    Mistake("implicit GEMM: weights of channels past the last", GEMM,
+            " && channel < pass.source_channels", "", build="sanitized"),
+    Mistake("implicit GEMM: bias of channels past the last", GEMM,
+            "if (column >= channels) continue;", "", build="sanitized"),
+    Mistake("products: a part is left out", TILE, "mma_m16n8k8_tf32(step, high_a, low_b);", "",
+            source=PARTS),
+    Mistake("implicit GEMM: parts of infinities", GEMM, " || result == result", " || true",
+            source=PARTS),
+    Mistake("patch: images past the last", PATCH, "tile.image + image < pass.images &&", "",
+            build="sanitized"),
+    Mistake("patch: rows outside of the image", PATCH,
+            "static_cast<unsigned>(row) < static_cast<unsigned>(pass.source_height) &&", ""),
+    Mistake("patch: channels past the last", PATCH, " && channel + e < channels", "",
+            build="sanitized"),
+    Mistake("patch: chunks past the last", PATCH, " && channel < channels", "",
+            build="sanitized"),
+    Mistake("results: of pixels outside", RESULTS, "!at.exists || ", "", build="sanitized"),
+    Mistake("results: of channels past the last", RESULTS, " || channel >= channels", "",
+            build="sanitized"),
+    Mistake("pooled: rows outside of the image", RESULTS,
+            "static_cast<unsigned>(tile.row + row) >= static_cast<unsigned>(phase.rows)", "false"),
+    Mistake("pooled: columns outside of the image", RESULTS,
+            "static_cast<unsigned>(tile.column + column) >= static_cast<unsigned>(phase.columns)",
+            "false"),
+    Mistake("pooled: windows past the last", RESULTS, "y >= pool.rows ||", "",
+            build="sanitized"),
+    Mistake("pooled: what is clipped wins", RESULTS, "!(winner.value <= 0)", "true"),
     Mistake("weight gradient: no barrier before reading", WEIGHT, "__syncthreads();", "", nth=1),
     Mistake("depthwise: no barrier", DEPTHWISE, "__syncthreads();", ""),
+    Mistake("wgmma: patches are not waited for", WGMMA,
+            "wait(ring.patch_full[patch_stage.index], patch_stage.parity);", ""),
+    Mistake("wgmma: weights are not waited for", WGMMA,
+            "wait(ring.weights_full[weight_stage.index], weight_stage.parity);", ""),
+    Mistake("wgmma: the phase before is waited for", WGMMA,
+            "wait(ring.weights_full[weight_stage.index], weight_stage.parity);",
+            "wait(ring.weights_full[weight_stage.index], weight_stage.parity ^ 1);"),
+    Mistake("wgmma: patches are filled too early", WGMMA,
+            "wait(ring.patch_empty[patch_stage.index], patch_stage.parity ^ 1);", ""),
+    Mistake("wgmma: weights are filled too early", WGMMA,
+            "wait(ring.weights_empty[weight_stage.index], weight_stage.parity ^ 1);", ""),
+    Mistake("wgmma: the phase to come is waited for", WGMMA,
+            "wait(ring.weights_empty[weight_stage.index], weight_stage.parity ^ 1);",
+            "wait(ring.weights_empty[weight_stage.index], weight_stage.parity);"),
+    Mistake("wgmma: one warp hands a stage back", WGMMA,
+            "init_barrier(ring.weights_empty[i], kConsumerWarps);",
+            "init_barrier(ring.weights_empty[i], 1);"),
+    Mistake("wgmma: a stage is handed back before it is read", WGMMA, "wgmma_wait<1>();", ""),
+    Mistake("wgmma: weights are never handed back", WGMMA,
+            "if (slab + tap > 0) arrive(ring.weights_empty[used_weights]);", ""),
+    Mistake("wgmma: patches are never handed back", WGMMA,
+            "if (slab > 0 && tap == 0) arrive(ring.patch_empty[used_patch]);", ""),
+    Mistake("wgmma: too few bytes are expected", WGMMA,
+            "arrive_expecting(weights_full, kWeightBytes);",
+            "arrive_expecting(weights_full, kWeightBytes / 2);"),
+    Mistake("wgmma: copies do not see barriers", WGMMA, "publish_barriers();", ""),
+    Mistake("wgmma: no barrier before copies", WGMMA, "__syncthreads();", ""),
+    Mistake("wgmma: no barrier before staging", WGMMA, "__syncthreads();", "", nth=1),
+    Mistake("wgmma: no barrier before storing", WGMMA, "__syncthreads();", "", nth=2),
+    Mistake("wgmma: no fence", WGMMA, "wgmma_fence();", ""),
+    Mistake("wgmma: no group", WGMMA, "wgmma_commit();", ""),
+    Mistake("wgmma: sums are not waited for", WGMMA, "wgmma_finish(sums);", ""),
+    Mistake("wgmma: rows of a patch without its border", WGMMA,
+            "below.width * kChunkBytes, false", "kWgmmaColumns * kChunkBytes, false"),
+    Mistake("wgmma: weights are not swizzled", WGMMA, "8 * kWeightRowBytes, true",
+            "8 * kWeightRowBytes, false"),
+    Mistake("wgmma: planes are half as far apart", WGMMA, "i * 2 * plane_bytes",
+            "i * plane_bytes"),
+    Mistake("wgmma: chunks past the last", WGMMA,
+            "(channels + kProductDepth - 1) / kProductDepth", "kSlabProducts"),
+    Mistake("wgmma: weights at any address", WGMMA,
+            "(-shared_address(shared) & (kSwizzleBytes - 1))", "0"),
     Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),
     Mistake("sum: no barrier before writing", SUM, "__syncthreads();", "", nth=-1),
     Mistake("sum: a lane is left out", SUM, "(kAllLanes, value", "(kAllLanes >> 1, value"),
@@ -226,8 +326,13 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
+def source_of(mistake: Mistake) -> Path:
     """The source that holds, or includes, a mistake."""
+    return mistake.source or SOURCE_OF.get(mistake.file, mistake.file)
+
+
+def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
+    """The source with a mistake, as it is to be compiled."""
     folder.mkdir()
     own = folder / mistake.file.name
     own.write_text(mistake.text(), encoding="utf-8")
@@ -237,8 +342,8 @@ def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
         # The file beside the source is found first, so that the source comes along.
         source = folder / EMULATOR_TESTS.name
         source.write_text(EMULATOR_TESTS.read_text(encoding="utf-8"), encoding="utf-8")
-    elif mistake.file == WINNER:
-        source = WINDOWS
+    elif source_of(mistake) != mistake.file:
+        source = source_of(mistake)
         nested = folder / "kernels" / "cuda"
         nested.mkdir(parents=True)
         own.rename(nested / own.name)
@@ -271,8 +376,8 @@ def test_mistakes_are_found(build: Programs, mistake: Mistake, mistaken: dict[st
     if mistake.file in (SUM, PRODUCT):
         command = build.emulator_tests(made.stem, made)
     else:
-        source = WINDOWS if mistake.file == WINNER else mistake.file
-        of_convolution = mistake.file in (DIRECT, GEMM, WEIGHT, DEPTHWISE)
+        source = source_of(mistake)
+        of_convolution = source.name.startswith("conv2d")
         cases, convolutions = (0, 12) if of_convolution else (100, 0)
         command = build.kernel_tests(made.stem, cases, convolutions, {source: made})
     done = run(command)

@@ -11,9 +11,9 @@ from time import monotonic
 
 from rich.console import Console
 
-from . import convolution, max_pool2d, optimizer
+from . import block, convolution, max_pool2d, network, optimizer
 from .device import CPU, CUDA, Device, describe_device, open_device
-from .measure import copy_bandwidth, failed, measure
+from .measure import Ceilings, failed, measure, measure_ceilings
 from .options import DRY_RUN, QUICK, Options
 from .results import Results, write_results
 from .rows import Case, Row
@@ -24,13 +24,16 @@ SUITES: dict[str, Callable[[Options, Device], list[Case]]] = {
     optimizer.SUITE: optimizer.cases,
     max_pool2d.SUITE: max_pool2d.cases,
     convolution.SUITE: convolution.cases,
+    block.SUITE: block.cases,
+    network.SUITE: network.cases,
 }
 
 # Columns of the report where no terminal tells its own, as in a file.
-_FILE_WIDTH = 200
+_FILE_WIDTH = 320
 _QUICK_SAMPLING = Sampling(rounds=11, budget_seconds=0.2)
 # The search of cuDNN takes longer than any number of samples.
-_CONVOLUTION_SAMPLING = Sampling(rounds=9, budget_seconds=0.1, sample_seconds=5e-4)
+_SEARCHED_SAMPLING = Sampling(rounds=9, budget_seconds=0.1, sample_seconds=5e-4)
+_SEARCHED_SUITES = (convolution.SUITE, block.SUITE, network.SUITE)
 _DRY_SAMPLING = Sampling(
     rounds=2, least_rounds=1, budget_seconds=0.0, wall_rounds=1, wall_seconds=0.0
 )
@@ -38,9 +41,11 @@ LEGEND = (
     "A ratio is torch's time over ours, so above 1 ours is faster: the median over rounds of the "
     "device's time, and the quartiles. foreach is torch's default on a GPU. ratio: each side in "
     "its faster memory format (NHWC is channels_last). same: ours in the format of torch's faster. "
-    "of copy: the share of the copy bandwidth, by the bytes that must move. error: ours relative "
-    "to float64, in norm, and over torch's (fused=True's). wall: what an eager program waits for a "
-    "call, Python included. A time with a star was not taken from a CUDA graph."
+    "of copy: the share of the copy bandwidth, by the bytes that must move. of matmul: the share "
+    "of the rate of a matrix product in the same precision. error: ours relative to float64, in "
+    "norm, and over torch's (fused=True's). wall: what an eager program waits for a call, Python "
+    "included. A time with a star was not taken from a CUDA graph. plan: the algorithms in NCHW "
+    "and in NHWC; aten is torch's own, and then forced has the ratios of our kernels."
 )
 
 
@@ -57,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(SUITES)} (default: all)",
     )
     add("--quick", action="store_true", help="a few rows of each suite, with few samples")
+    add(
+        "--full",
+        action="store_true",
+        help="all convolutions and blocks in all passes and precisions: many minutes",
+    )
     add(
         "--seconds",
         type=float,
@@ -94,7 +104,10 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
     options = replace(
-        QUICK if args.quick else Options(), seed=args.seed, batches=_batches(args.batch)
+        QUICK if args.quick else Options(),
+        full=args.full,
+        seed=args.seed,
+        batches=_batches(args.batch),
     )
     if not device.is_cuda:
         options = replace(DRY_RUN, seed=args.seed)
@@ -126,15 +139,16 @@ def _measure_all(
 
     The file is written after every case, so that a run that is cut off leaves what it has.
     """
-    bandwidth = copy_bandwidth(device)
-    results = Results(describe_device(device), bandwidth, [], [])
+    ceilings = measure_ceilings(device)
+    device.free()
+    results = Results(describe_device(device), ceilings.copy, dict(ceilings.matmul), [], [])
     cases = [case for name in args.suite for case in SUITES[name](options, device)]
     for case in cases:
         if args.seconds is not None and monotonic() - begin > args.seconds:
             results.left_out.append(case.title)
             continue
         started = monotonic()
-        row = _measure(case, device, _sampling(args, case), bandwidth, args.seed)
+        row = _measure(case, device, _sampling(args, case), ceilings, args.seed)
         results.rows.append(row)
         write_results(args.out, results)
         outcome = row.failure or "measured"
@@ -142,11 +156,11 @@ def _measure_all(
     return results
 
 
-def _measure(case: Case, device: Device, sampling: Sampling, bandwidth: float, seed: int) -> Row:
+def _measure(case: Case, device: Device, sampling: Sampling, ceilings: Ceilings, seed: int) -> Row:
     """A row, of the failure if there is one: the other cases are worth as much as before."""
     try:
         try:
-            return measure(case, device, sampling, bandwidth=bandwidth, seed=seed)
+            return measure(case, device, sampling, ceilings=ceilings, seed=seed)
         finally:
             device.free()
     except Exception as error:  # whatever torch, CUDA and the kernels raise
@@ -156,8 +170,8 @@ def _measure(case: Case, device: Device, sampling: Sampling, bandwidth: float, s
 def _sampling(args: argparse.Namespace, case: Case) -> Sampling:
     if args.device == CPU:
         return _DRY_SAMPLING
-    if case.suite == convolution.SUITE:
-        return _CONVOLUTION_SAMPLING
+    if case.suite in _SEARCHED_SUITES:
+        return _SEARCHED_SAMPLING
     return _QUICK_SAMPLING if args.quick else Sampling()
 
 

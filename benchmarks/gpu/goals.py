@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from ..cases import FORWARD
 from ..timing import geometric_mean
-from . import max_pool2d, optimizer
+from . import block, convolution, max_pool2d, optimizer
+from .operation import CHANNELS_LAST, NCHW, SAME
+from .precision import FP16, FP32
 from .rows import OURS, Row
 
 _MILLION = 1_000_000
@@ -54,12 +56,35 @@ def _pooling(mode: str) -> Callable[[Row], bool]:
     return lambda row: row.suite == max_pool2d.SUITE and row.mode == mode
 
 
+def _convolution(*modes: str, kinds: tuple[str, ...] = convolution.KINDS) -> Callable[[Row], bool]:
+    return lambda row: row.suite == convolution.SUITE and row.mode in modes and row.kind in kinds
+
+
+def _of_dtype(dtype: str, chosen: Callable[[Row], bool]) -> Callable[[Row], bool]:
+    return lambda row: row.dtype == dtype and chosen(row)
+
+
+def _block(row: Row) -> bool:
+    return row.suite == block.SUITE
+
+
+def _block_beside_inductor(row: Row) -> bool:
+    """Where there is no Inductor, nothing is missed."""
+    return _block(row) and block.INDUCTOR not in row.missing
+
+
 def _ratio(name: str) -> Callable[[Row], float | None]:
     def figure(row: Row) -> float | None:
         comparison = row.comparisons.get(name)
         return None if comparison is None else comparison.ratio.median
 
     return figure
+
+
+def _least_of_formats(row: Row) -> float | None:
+    figures = [_ratio(layout)(row) for layout in (NCHW, CHANNELS_LAST)]
+    found = [figure for figure in figures if figure is not None]
+    return min(found, default=None)
 
 
 def _share(row: Row) -> float | None:
@@ -81,14 +106,52 @@ GOALS = (
         "pooling, forward: in the format of torch's faster",
         1.3,
         _pooling(FORWARD),
-        _ratio(max_pool2d.SAME),
+        _ratio(SAME),
     ),
     Goal(
         "pooling, backward: in the format of torch's faster",
         1.8,
         _pooling(max_pool2d.BACKWARD),
-        _ratio(max_pool2d.SAME),
+        _ratio(SAME),
     ),
+    Goal(
+        "first layers, forward: in both formats",
+        1.2,
+        _convolution(FORWARD, kinds=(convolution.FIRST,)),
+        _least_of_formats,
+    ),
+    Goal(
+        "depthwise, forward: in both formats",
+        1.2,
+        _convolution(FORWARD, kinds=(convolution.DEPTHWISE,)),
+        _least_of_formats,
+    ),
+    Goal(
+        "fp16, up to 128 channels, forward with bias: NCHW",
+        1.3,
+        _of_dtype(FP16, _convolution(FORWARD, kinds=(convolution.NARROW,))),
+        _ratio(NCHW),
+    ),
+    Goal(
+        "fp16, up to 128 channels, forward with bias from NCHW: against cuDNN's kernel in NHWC",
+        0.8,
+        _of_dtype(FP16, _convolution(FORWARD, kinds=(convolution.NARROW,))),
+        _ratio(convolution.CUDNN_ALONE),
+    ),
+    Goal(
+        "strict fp32, forward: in the format of torch's faster",
+        1.3,
+        _of_dtype(FP32, _convolution(FORWARD)),
+        _ratio(SAME),
+    ),
+    Goal(
+        "convolution, backward and each gradient: NCHW",
+        1.0,
+        _convolution(convolution.BACKWARD, convolution.INPUT_GRADIENT, convolution.WEIGHT_GRADIENT),
+        _ratio(NCHW),
+    ),
+    Goal("block: in the format of torch's faster", 1.5, _block, _ratio(SAME)),
+    Goal("block: against Inductor", 1.1, _block_beside_inductor, _ratio(block.INDUCTOR)),
 )
 """Device time, in one run: ratios are torch's time over ours."""
 

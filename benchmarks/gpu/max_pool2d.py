@@ -8,7 +8,7 @@ the input alone, of graphs that are kept.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +23,12 @@ from ..cases import FORWARD
 from ..layers import MaxPool2dLayer, batches_for, read_max_pool2d_layers
 from ..operators import LAYOUTS, to_layout
 from .device import Device
+from .operation import format_pairs
 from .options import Options
-from .rows import OURS, TORCH, Case, Contender, Pairs, Workload
+from .rows import OURS, TORCH, Case, Contender, Workload
 
 SUITE = "max_pool2d"
 BACKWARD = "backward"
-RATIO = "ratio"
-SAME = "same"
 
 _ARGMAX_BYTES = 1
 
@@ -107,7 +106,7 @@ def _workload(
         bytes_moved=bytes_moved,
         errors=functools.partial(_errors, pools, mode, *first),
         exact=functools.partial(_values_equal, pools, first[0]),
-        pairs=functools.partial(_pairs, contenders),
+        pairs=functools.partial(format_pairs, {(c.side, c.layout): c.label for c in contenders}),
     )
 
 
@@ -140,20 +139,6 @@ def _call(
         )
 
     return backward
-
-
-def _pairs(contenders: list[Contender], medians: Mapping[str, float]) -> Pairs:
-    """Each side in its faster format, and ours in the format of torch's faster."""
-
-    def fastest(side: str, layout: str | None = None) -> Contender:
-        of_side = [c for c in contenders if c.side == side and layout in (None, c.layout)]
-        return min(of_side, key=lambda contender: medians[contender.label])
-
-    peer = fastest(TORCH)
-    return {
-        RATIO: (fastest(OURS).label, peer.label),
-        SAME: (fastest(OURS, peer.layout).label, peer.label),
-    }
 
 
 def _values_equal(pools: dict[str, Pool], x: Tensor) -> bool:

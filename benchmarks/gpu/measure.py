@@ -1,6 +1,9 @@
-"""From a case to a row, and how fast the device copies."""
+"""From a case to a row, and how fast the device copies and multiplies."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,20 +12,37 @@ from ..cases import Spread
 from ..native import kernel_calls
 from ..timing import ratio_spread
 from .device import Device
+from .precision import PRECISIONS, Precision
 from .rows import OURS, Case, Comparison, Contender, Measured, Row
 from .timing import Sampling, device_rounds, device_sampler, event_seconds, wall_rounds
 
 _COPY_BYTES = 2**30
-_COPY_SAMPLES = 15
+_CEILING_SAMPLES = 15
+# Of the matrices: so large that the product is the tensor cores' speed, and takes milliseconds.
+_MATMUL_SIDE = 8192
 
 
-def copy_bandwidth(device: Device) -> float:
-    """Bytes read and written a second by ``copy_`` of a large buffer; the median of samples.
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device can do, measured by torch: 0 or nothing in the dry run.
 
-    0 in the dry run, where there is no such figure.
+    ``copy`` is bytes read and written a second, ``matmul`` operations a second by precision.
     """
+
+    copy: float = 0.0
+    matmul: Mapping[str, float] = field(default_factory=dict)
+
+
+def measure_ceilings(device: Device) -> Ceilings:
+    """The copy bandwidth, and the rate of a matrix product in every precision."""
     if not device.is_cuda:
-        return 0.0
+        return Ceilings()
+    matmul = {precision.name: _matmul_rate(precision, device) for precision in PRECISIONS.values()}
+    return Ceilings(_copy_bandwidth(device), matmul)
+
+
+def _copy_bandwidth(device: Device) -> float:
+    """Bytes read and written a second by ``copy_`` of a large buffer."""
     size = min(_COPY_BYTES, device.memory_bytes // 16)
     source = torch.ones(size // 4, device=device.kind)
     target = torch.empty_like(source)
@@ -31,15 +51,35 @@ def copy_bandwidth(device: Device) -> float:
         for _ in range(2):
             target.copy_(source)
 
-    copy()
-    seconds = float(np.median([event_seconds(copy) for _ in range(_COPY_SAMPLES)])) / 2
-    return 2 * size / seconds
+    return 2 * 2 * size / _median_seconds(copy)
+
+
+def _matmul_rate(precision: Precision, device: Device) -> float:
+    """Operations a second of the product of two large matrices."""
+    left, right = (
+        torch.randn(_MATMUL_SIDE, _MATMUL_SIDE, device=device.kind, dtype=precision.dtype)
+        for _ in range(2)
+    )
+    product = torch.empty_like(left)
+    switches = torch.backends.cuda.matmul
+    before = switches.allow_tf32
+    switches.allow_tf32 = precision.allow_tf32
+    try:
+        seconds = _median_seconds(lambda: torch.mm(left, right, out=product))
+    finally:
+        switches.allow_tf32 = before
+    return 2 * _MATMUL_SIDE**3 / seconds
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    work()
+    return float(np.median([event_seconds(work) for _ in range(_CEILING_SAMPLES)]))
 
 
 def measure(
-    case: Case, device: Device, sampling: Sampling, *, bandwidth: float, seed: int = 0
+    case: Case, device: Device, sampling: Sampling, *, ceilings: Ceilings, seed: int = 0
 ) -> Row:
-    """Measure a case. ``bandwidth`` is the copy bandwidth that shares refer to; 0 gives none."""
+    """Measure a case; shares refer to the ceilings."""
     workload = case.prepare()
     contenders = workload.contenders
     samplers = [
@@ -53,10 +93,11 @@ def measure(
         wall = [float(median) for median in np.median(by_contender, axis=0)]
     native = [_runs_kernel(c) for c in contenders if c.side == OURS]
     errors = workload.errors()
+    matmul_rate = ceilings.matmul.get(workload.arithmetic, 0.0)
     measured = {}
     for index, contender in enumerate(contenders):
         seconds = _spread(times[:, index])
-        rate = bandwidth * seconds.median
+        rate = workload.flops / seconds.median
         measured[contender.label] = Measured(
             label=contender.label,
             side=contender.side,
@@ -66,8 +107,10 @@ def measure(
             seconds=seconds,
             wall_seconds=None if wall is None else wall[index],
             error=errors.get(contender.label),
-            share=workload.bytes_moved / rate if workload.bytes_moved and rate else None,
-            teraflops=workload.flops / seconds.median * 1e-12 if workload.flops else None,
+            share=_share(workload.bytes_moved / seconds.median, ceilings.copy),
+            teraflops=rate * 1e-12 if rate else None,
+            matmul_share=_share(rate, matmul_rate),
+            plan=contender.plan,
         )
     places = {contender.label: index for index, contender in enumerate(contenders)}
 
@@ -86,6 +129,7 @@ def measure(
         batch=case.batch,
         dtype=case.dtype,
         mode=case.mode,
+        kind=case.kind,
         rounds=len(times),
         rotation=workload.rotation,
         cold=workload.rotation * workload.bytes_each >= 2 * device.cache_bytes,
@@ -93,12 +137,18 @@ def measure(
         native=all(native) if native else None,
         measured=measured,
         comparisons={name: comparison(*pair) for name, pair in workload.pairs(medians).items()},
+        missing=workload.missing,
+        figures=workload.figures(),
     )
 
 
 def failed(case: Case, reason: str) -> Row:
     """The row of a case that could not be measured."""
-    return Row(case.suite, case.name, case.batch, case.dtype, case.mode, failure=reason)
+    return Row(case.suite, case.name, case.batch, case.dtype, case.mode, case.kind, failure=reason)
+
+
+def _share(rate: float, ceiling: float) -> float | None:
+    return rate / ceiling if rate and ceiling else None
 
 
 def _runs_kernel(contender: Contender) -> bool:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import block, convolution, network
 from .device import CUDA
 from .results import Results, merge, read_results
-from .tables import Table, markdown, tables_of
+from .tables import SUITES, Table, markdown, tables_of
 
 _INTRODUCTION = """\
 # Speed on a GPU
@@ -19,6 +20,11 @@ _INTRODUCTION = """\
 Made by `make gpu`, which builds on a machine with an NVIDIA GPU, runs the tests and
 compute-sanitizer there, measures, and writes this page. [The benchmark's
 page](../benchmarks/README.md#on-a-gpu) says how it measures.
+"""
+_NOT_MEASURED = """\
+## {suite}
+
+This suite has not been measured.
 """
 _DRY = """\
 **A dry run on a CPU: no figure below means anything.**
@@ -30,7 +36,8 @@ _LEGEND = """\
   rounds, and the quartiles. A row that loses stays. A row marked ATen ran on torch's kernels on
   both sides.
 * **device µs** is the device's time for a call, by events around a CUDA graph of calls; with a
-  star, around eager calls. **wall µs** is what an eager program waits for a call, Python included.
+  star, around eager calls. **wall µs** is what an eager program waits for a call, Python included;
+  where no format is named it is in NCHW.
 * **foreach** is torch's default on a GPU, **fused** is `fused=True`. For pooling, **ratio** has
   each side in its faster memory format, and **same** has ours in the format of torch's faster one
   (NHWC is channels_last). Forward writes what the backward pass needs; backward is timed alone.
@@ -40,6 +47,24 @@ _LEGEND = """\
 * **error** is ours relative to float64, in norm, and over torch's (that of `fused=True`).
 * Rotating copies of the inputs exceed twice the second-level cache, but for layers so small that
   hundreds of copies do not.
+"""
+_CONVOLUTIONS = {convolution.SUITE, block.SUITE, network.SUITE}
+_CONVOLUTION_LEGEND = """\
+Of convolutions, blocks and networks:
+
+* **NCHW** and **NHWC** have both sides in that format. torch's convolutions run with
+  `cudnn.benchmark=True`. **cuDNN alone** is cuDNN's time for the convolution in NHWC, without a
+  bias, over ours from NCHW with one. **Inductor** has what torch.compile makes of torch's block.
+* **plan** is what `cnnkernels.explain` announces in NCHW and in NHWC, for a backward pass the
+  gradient of the input and that of the weight; `aten` is torch's own kernel. There **forced** has
+  the ratios of the package's kernels, which are not what a user gets.
+* **of matmul** is the share of the rate of `torch.mm` in the same precision and run, by the
+  operations of a direct convolution. fp32 is float32 proper, TF32 what torch allows convolutions by
+  default. **of copy** counts input, weight and output once, backward those and their gradients as
+  far as a pass reads or writes them.
+* **error** is by the first images of a batch, as many as float64 takes milliseconds for; that of a
+  network is of its logits for four images, in training after three steps, and **logits apart** is
+  how far they are from torch's.
 """
 
 
@@ -52,8 +77,12 @@ def page(results: Results, steps: Sequence[Mapping[str, Any]] = ()) -> str:
     parts.append(markdown(_facts(results)))
     if steps:
         parts.append(markdown(_steps(steps)))
+    measured = {row.suite for row in results.rows}
     parts.append(_LEGEND)
+    if measured & _CONVOLUTIONS:
+        parts.append(_CONVOLUTION_LEGEND)
     parts.extend(markdown(table) for table in tables_of(results.rows))
+    parts.extend(_NOT_MEASURED.format(suite=suite) for suite in SUITES if suite not in measured)
     parts.extend(_notes(results))
     return "\n".join(parts)
 
@@ -78,6 +107,8 @@ def _facts(results: Results) -> Table:
     rows = [[title, str(facts[name])] for name, title in names.items() if facts.get(name)]
     if results.copy_bytes_per_second:
         rows.append(["copy bandwidth", f"{results.copy_bytes_per_second * 1e-12:.2f} TB/s"])
+    for precision, rate in results.matmul_flops_per_second.items():
+        rows.append([f"matrix product in {precision}", f"{rate * 1e-12:.0f} TFLOP/s"])
     return Table("The machine", ("", ""), 2, rows)
 
 
@@ -109,6 +140,9 @@ def _notes(results: Results) -> list[str]:
     notes = []
     if eager:
         notes.append("## Not captured into a graph\n\n" + "\n".join(sorted(eager)) + "\n")
+    missing = {f"* {name}: {why}" for row in results.rows for name, why in row.missing.items()}
+    if missing:
+        notes.append("## Not available\n\n" + "\n".join(sorted(missing)) + "\n")
     if results.left_out:
         cases = "\n".join(f"* {title}" for title in results.left_out)
         notes.append(f"## Left out for time\n\n{cases}\n")

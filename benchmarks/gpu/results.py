@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..cases import Spread
 from ..report import json_ready
 from .rows import Comparison, Measured, Row
 
-JSON_VERSION = 1
+JSON_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Results:
 
     environment: dict[str, str | int]
     copy_bytes_per_second: float
+    matmul_flops_per_second: dict[str, float]
     rows: list[Row]
     left_out: list[str]
 
@@ -47,10 +49,14 @@ def read_results(path: Path) -> Results:
 
 def merge(several: Sequence[Results]) -> Results:
     """The results of several runs on one machine as one; facts are the first's."""
-    bandwidths = [results.copy_bytes_per_second for results in several]
+    rates: dict[str, list[float]] = {}
+    for results in several:
+        for precision, rate in results.matmul_flops_per_second.items():
+            rates.setdefault(precision, []).append(rate)
     return Results(
         several[0].environment,
-        sum(bandwidths) / len(bandwidths),
+        fmean(results.copy_bytes_per_second for results in several),
+        {precision: fmean(of_runs) for precision, of_runs in rates.items()},
         [row for results in several for row in results.rows],
         [title for results in several for title in results.left_out],
     )

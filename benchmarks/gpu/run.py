@@ -41,7 +41,13 @@ LEFT_OUT = "left out"
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # The suites of the benchmark, and the seconds that each may take at most.
-SUITES = {"optimizer": 90.0, "max_pool2d": 110.0, "convolution": 200.0}
+SUITES = {
+    "convolution": 190.0,
+    "block": 120.0,
+    "network": 90.0,
+    "max_pool2d": 75.0,
+    "optimizer": 45.0,
+}
 
 _TOTAL_SECONDS = 585.0
 # What is kept for the steps that follow the longest one.
@@ -223,6 +229,11 @@ def _cuda_program(name: str) -> str | None:
     return None
 
 
+def _facts(environment: dict[str, str]) -> Step:
+    command = [sys.executable, "-m", "benchmarks.gpu.device"]
+    return Step("environment", 60, lambda limit: command, environment)
+
+
 def _build(environment: dict[str, str]) -> Step:
     import torch
 
@@ -230,7 +241,8 @@ def _build(environment: dict[str, str]) -> Step:
     settings = {
         "CNNKERNELS_BUILD": "require",
         "CNNKERNELS_CUDA": "require",
-        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
+        # What is for 9.0a alone, a release has too.
+        "TORCH_CUDA_ARCH_LIST": "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}",
     }
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return Step("build", 240, lambda limit: command, environment | settings)
@@ -270,18 +282,18 @@ def _sanitizers(environment: dict[str, str]) -> list[Step]:
             "CNNKERNELS_TEST_POISON": "0",
             "OMP_NUM_THREADS": "4",
         }
-        return Step(f"compute-sanitizer {tool}", 55, lambda limit: command, environment | settings)
+        return Step(f"compute-sanitizer {tool}", 75, lambda limit: command, environment | settings)
 
     return [step(tool) for tool in SANITIZERS]
 
 
-def _benchmark(suite: str, folder: Path, quick: bool, environment: dict[str, str]) -> Step:
+def _benchmark(
+    suite: str, folder: Path, options: Sequence[str], environment: dict[str, str]
+) -> Step:
     def command(limit: float) -> list[str]:
         seconds = f"{limit * _BENCHMARK_SHARE:.0f}"
         arguments = ["--suite", suite, "--out", str(_results(folder, suite)), "--seconds", seconds]
-        return [
-            sys.executable, "-m", "benchmarks.gpu", *arguments, *(["--quick"] if quick else [])
-        ]  # fmt: skip
+        return [sys.executable, "-m", "benchmarks.gpu", *arguments, *options]
 
     return Step(f"benchmark {suite}", SUITES[suite], command, environment)
 
@@ -326,20 +338,21 @@ def _ended_with(runner: Runner) -> Iterator[None]:
 def run_all(args: argparse.Namespace) -> int:
     """Run all steps; the exit status is 1 unless each passed."""
     folder = args.out.resolve()
-    for suite in SUITES:
+    for suite in args.suite:
         _results(folder, suite).unlink(missing_ok=True)
+    options = ["--quick"] if args.quick else []
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     runner = Runner(folder, args.seconds)
     with _ended_with(runner):
-        facts = [sys.executable, "-m", "benchmarks.gpu.device"]
-        runner.run(Step("environment", 60, lambda limit: facts, environment))
+        runner.run(_facts(environment))
         if runner.run(_build(environment)):
             # Where the kernels cannot run, no test may be skipped for it.
             required = environment | {"CNNKERNELS_CUDA": "require"}
-            runner.together(_tests(required), _sanitizers(required))
-        for suite in SUITES:
-            runner.run(_benchmark(suite, folder, args.quick, environment))
+            if not args.no_tests:
+                runner.together(_tests(required), _sanitizers(required))
+        for suite in args.suite:
+            runner.run(_benchmark(suite, folder, options, environment))
         _write_page(runner, folder, environment, args.page)
     return 0 if all(outcome.outcome == PASSED for outcome in runner.outcomes) else 1
 
@@ -351,6 +364,15 @@ def main() -> int:
     add("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
     add("--page", type=Path, default=PAGE, metavar="FILE", help="default: docs/performance-gpu.md")
     add("--quick", action="store_true", help="a short benchmark")
+    add("--no-tests", action="store_true", help="neither tests nor compute-sanitizer")
+    add(
+        "--suite",
+        nargs="*",
+        choices=list(SUITES),
+        default=list(SUITES),
+        metavar="NAME",
+        help="of the benchmark, in this order; results of others in DIR stay (default: all)",
+    )
     add(
         "--seconds",
         type=float,

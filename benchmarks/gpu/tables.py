@@ -9,15 +9,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ..cases import Spread
+from ..cases import FORWARD, Spread
 from ..operators import LAYOUTS
 from ..report import microseconds
-from . import convolution, max_pool2d, optimizer
+from . import block, convolution, max_pool2d, network, optimizer
 from .goals import Verdict, verdicts
-from .rows import OURS, Measured, Row
+from .operation import RATIO, SAME
+from .rows import OURS, TORCH, Measured, Row
 from .timing import EAGER
 
 NOTHING = "–"
+# Of the reason why there is no peer; the notes below the tables have it whole.
+_MOST_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,14 @@ def _optimizer_table(mode: str, rows: Sequence[Row]) -> Table:
 
 def _pool_table(mode: str, rows: Sequence[Row]) -> Table:
     def cells(row: Row) -> list[str]:
-        ratio, same = row.comparisons[max_pool2d.RATIO], row.comparisons[max_pool2d.SAME]
+        ratio, same = row.comparisons[RATIO], row.comparisons[SAME]
         ours, in_same, peer = (row.measured[label] for label in (ratio.ours, same.ours, ratio.peer))
         return [
             row.name,
             str(row.batch),
             row.dtype,
-            *_ratio(row, max_pool2d.RATIO),
-            *_ratio(row, max_pool2d.SAME),
+            *_ratio(row, RATIO),
+            *_ratio(row, SAME),
             _percent(in_same.share),
             {True: "equal", False: "differ", None: NOTHING}[row.exact],
             _error(in_same, peer),
@@ -133,25 +136,134 @@ def _pool_table(mode: str, rows: Sequence[Row]) -> Table:
 
 
 def _convolution_table(mode: str, rows: Sequence[Row]) -> Table:
-    labels = [
-        (f"{precision} {layout}", f"{precision} {_short(layout)}")
-        for precision in convolution.PRECISIONS
-        for layout in LAYOUTS
-    ]
+    forward = mode == FORWARD
 
     def cells(row: Row) -> list[str]:
-        return [row.name, *(_rate(row.measured[label]) for label, _ in labels)]
+        return [
+            row.name,
+            row.dtype,
+            str(row.batch),
+            *_in_both_formats(row),
+            *([_ratio(row, convolution.CUDNN_ALONE)[0]] if forward else []),
+            _each(row, OURS, lambda side: side.plan),
+            _forced(row),
+            _error_beside_torchs(row),
+            _each(row, OURS, lambda side: _percent(side.matmul_share)),
+            _each(row, OURS, lambda side: _percent(side.share)),
+            *_all_times(row),
+        ]
 
-    heads = ("layer", *(f"{short} TFLOP/s (µs)" for _, short in labels))
-    batches = " and ".join(dict.fromkeys(str(row.batch) for row in rows))
-    return _table(f"convolution by torch alone: {mode}, batch {batches}", heads, 1, rows, cells)
+    heads = (
+        "layer", "precision", "batch", *_FORMAT_HEADS, *(["cuDNN alone"] if forward else []),
+        "plan", "forced", "error", "of matmul", "of copy", *_TIME_HEADS,
+    )  # fmt: skip
+    return _table(f"convolution: {mode}", heads, 2, rows, cells)
+
+
+def _block_table(mode: str, rows: Sequence[Row]) -> Table:
+    def cells(row: Row) -> list[str]:
+        return [
+            row.name,
+            row.dtype,
+            str(row.batch),
+            *_in_both_formats(row),
+            *_ratio_or_reason(row, block.INDUCTOR),
+            _each(row, OURS, lambda side: side.plan),
+            _error_beside_torchs(row),
+            _each(row, OURS, lambda side: _percent(side.matmul_share)),
+            _each(row, OURS, lambda side: _percent(side.share)),
+            *_all_times(row),
+            _time(row.measured[block.INDUCTOR]) if block.INDUCTOR in row.measured else NOTHING,
+        ]
+
+    heads = (
+        "block", "precision", "batch", *_FORMAT_HEADS, "Inductor", "quartiles", "plan", "error",
+        "of matmul", "of copy", *_TIME_HEADS, "Inductor's µs",
+    )  # fmt: skip
+    return _table(f"block: {mode}", heads, 2, rows, cells)
+
+
+def _network_table(mode: str, rows: Sequence[Row]) -> Table:
+    def loss(row: Row, side: str) -> str:
+        return _each(row, side, lambda one: f"{row.figures[f'{network.LOSS} {one.label}']:.6g}")
+
+    def cells(row: Row) -> list[str]:
+        apart = (
+            f"{row.figures[f'{network.APART} {side.layout}']:.0e}" for side in _of_side(row, OURS)
+        )
+        return [
+            row.name,
+            row.dtype,
+            str(row.batch),
+            *_in_both_formats(row),
+            " / ".join(apart),
+            _error_beside_torchs(row),
+            loss(row, OURS),
+            loss(row, TORCH),
+            *_all_times(row),
+        ]
+
+    heads = (
+        "network", "precision", "batch", *_FORMAT_HEADS, "logits apart", "error", "our loss",
+        "torch's loss", *_TIME_HEADS,
+    )  # fmt: skip
+    return _table(f"network: {mode}", heads, 2, rows, cells)
+
+
+_FORMAT_HEADS = tuple(
+    head for layout in LAYOUTS for head in (layout.replace("channels_last", "NHWC"), "quartiles")
+)
+_TIME_HEADS = ("our µs, NCHW / NHWC", "torch's µs, the same", "wall µs, ours / torch's")
+
+
+def _in_both_formats(row: Row) -> list[str]:
+    return [cell for layout in LAYOUTS for cell in _ratio(row, layout)]
+
+
+def _ratio_or_reason(row: Row, name: str) -> tuple[str, str]:
+    if name in row.missing:
+        return f"not available: {row.missing[name]}"[:_MOST_CHARACTERS].replace("|", "\\|"), NOTHING
+    return _ratio(row, name)
+
+
+def _of_side(row: Row, side: str) -> list[Measured]:
+    """A side's contenders, by format."""
+    return [one for layout in LAYOUTS if (one := row.measured.get(f"{side} {layout}"))]
+
+
+def _each(row: Row, side: str, cell: Callable[[Measured], str]) -> str:
+    """A cell for each format, as one where they are equal."""
+    return " / ".join(dict.fromkeys(cell(one) for one in _of_side(row, side)))
+
+
+def _forced(row: Row) -> str:
+    """The ratios of the kernels that a plan would not choose."""
+    names = [f"{convolution.NATIVE} {layout}" for layout in LAYOUTS]
+    if not any(name in row.comparisons for name in names):
+        return NOTHING
+    return " / ".join(_ratio(row, name)[0] for name in names)
+
+
+def _error_beside_torchs(row: Row) -> str:
+    """In NCHW."""
+    return _error(_of_side(row, OURS)[0], _of_side(row, TORCH)[0])
+
+
+def _all_times(row: Row) -> tuple[str, str, str]:
+    ours, torchs = (" / ".join(_time(one) for one in _of_side(row, side)) for side in (OURS, TORCH))
+    walls = " / ".join(_wall(_of_side(row, side)[0]) for side in (OURS, TORCH))
+    return ours, torchs, walls
 
 
 _SUITES: dict[str, Callable[[str, Sequence[Row]], Table]] = {
     optimizer.SUITE: _optimizer_table,
     max_pool2d.SUITE: _pool_table,
     convolution.SUITE: _convolution_table,
+    block.SUITE: _block_table,
+    network.SUITE: _network_table,
 }
+SUITES = tuple(_SUITES)
+"""The suites that have tables, in the order of these."""
 
 
 def _table(
@@ -173,6 +285,8 @@ def _table(
 
 
 def _ratio(row: Row, name: str) -> tuple[str, str]:
+    if name not in row.comparisons:
+        return NOTHING, NOTHING
     ratio = row.comparisons[name].ratio
     return f"{ratio.median:.2f}", _quartiles(ratio)
 
@@ -203,11 +317,6 @@ def _time(side: Measured) -> str:
 
 def _wall(side: Measured) -> str:
     return NOTHING if side.wall_seconds is None else microseconds(side.wall_seconds)
-
-
-def _rate(side: Measured) -> str:
-    rate = NOTHING if side.teraflops is None else f"{side.teraflops:.3g}"
-    return f"{rate} ({_time(side)})"
 
 
 def _short(layout: str) -> str:

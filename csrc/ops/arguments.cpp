@@ -133,7 +133,7 @@ CudaDeviceOf& cuda_device_of() {
 }
 
 CudaConv2dPlanner& cuda_conv2d_planner() {
-  static CudaConv2dPlanner planner = nullptr;
+  static CudaConv2dPlanner planner;
   return planner;
 }
 
@@ -198,13 +198,15 @@ at::Tensor composed_conv2d(bool relu, const at::Tensor& input, const at::Tensor&
   return relu ? at::relu(convolved) : convolved;
 }
 
+// The tables of taps, and borders of half a window, would outgrow the image.
+bool window_is_too_large(const PoolArguments& pool) {
+  return pool.kernel_size[0] * pool.kernel_size[1] > (int64_t{1} << 16);
+}
+
 std::string not_native(const at::Tensor& input, const PoolArguments& pool) {
   const std::string reason = not_native(input, Devices::cpu_and_cuda);
   if (!reason.empty() || input.dim() < 3) return reason;
-  // The tables of taps, and borders of half a window, would outgrow the image.
-  if (pool.kernel_size[0] * pool.kernel_size[1] > (int64_t{1} << 16)) {
-    return "a window of more than 65536 elements";
-  }
+  if (window_is_too_large(pool)) return "a window of more than 65536 elements";
   for (int axis = 0; axis < 2; ++axis) {
     if (pool.dilation[axis] == 1) continue;
     // To ask a dynamic size of an export would fix it.

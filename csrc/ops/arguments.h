@@ -46,7 +46,7 @@ PoolArguments pool_arguments(const char* op, at::IntArrayRef kernel_size, at::In
                              at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode,
                              const PoolNames& names = {});
 
-// Where an operator has kernels: all but the fused block also on CUDA, in a library built with it.
+// Where an operator has kernels: on CUDA only in a library built with it.
 enum class Devices { cpu, cpu_and_cuda };
 
 // A CUDA device, as far as it matters here.
@@ -59,12 +59,17 @@ struct CudaDevice {
 using CudaDeviceOf = const CudaDevice& (*)(const at::Device&);
 CudaDeviceOf& cuda_device_of();
 
-// The planner of CUDA's convolutions, and null likewise.
-using CudaConv2dPlanner = decltype(&cuda::plan_conv2d);
+// The planner of CUDA's convolutions and blocks, and null likewise.
+struct CudaConv2dPlanner {
+  decltype(&cuda::plan_conv2d) plan_conv2d = nullptr;
+  decltype(&cuda::plan_block) plan_block = nullptr;
+};
 CudaConv2dPlanner& cuda_conv2d_planner();
 
 // Why the native kernels do not take a tensor; empty if they do.
 std::string not_native(const at::Tensor& tensor, Devices devices = Devices::cpu);
+
+bool window_is_too_large(const PoolArguments& pool);
 
 // The same for a pooling of this input, whose windows must each hold an element.
 std::string not_native(const at::Tensor& input, const PoolArguments& pool);

@@ -580,15 +580,16 @@ void explain_pass(py::dict& result, const std::string& name, const Conv2dProblem
   };
   result[py::str(name.empty() ? "algorithm" : name)] = algorithm_name(plan.algorithm);
   if (plan.algorithm == cuda::Conv2dAlgorithm::aten) {
-    char reason[64];
-    std::snprintf(reason, sizeof reason, "torch takes about %.2f of the kernel's time",
-                  static_cast<double>(plan.torch_ratio));
+    char reason[96];
+    std::snprintf(reason, sizeof reason, "torch is %s to take %.2f of the kernel's time",
+                  plan.measured ? "measured" : "estimated", static_cast<double>(plan.torch_ratio));
     return set("reason", reason);
   }
-  if (plan.algorithm == cuda::Conv2dAlgorithm::implicit_gemm) {
-    set("tile", plan.gemm.tile);
+  if (plan.gemm.rows > 0) {
+    set("tile", std::to_string(plan.gemm.rows) + "x" + std::to_string(plan.gemm.columns));
     set("products", products_name(problem, plan.gemm.products));
   }
+  if (plan.weight.results > 0) set("products", products_name(problem, plan.weight.products));
   if (plan.parts > 0) set("parts", plan.parts);
   set("workspace_bytes", plan.workspace_bytes);
 }
@@ -597,9 +598,9 @@ py::dict explain_on_cuda(const Conv2dProblem& problem, const at::Device& device)
   using cuda::Conv2dPass;
   py::dict result;
   const auto explain = [&](const char* name, Conv2dPass pass) {
-    const cuda::Conv2dPlan plan =
-        cuda_conv2d_planner()(problem, pass, kCudaAlignment, cuda_device_of()(device).limits,
-                              cuda::active_conv2d_policy());
+    const cuda::Conv2dPlan plan = cuda_conv2d_planner().plan_conv2d(problem, pass, kCudaAlignment,
+                                                                    cuda_device_of()(device).limits,
+                                                                    cuda::active_conv2d_policy());
     explain_pass(result, name, problem, plan);
   };
   explain("", Conv2dPass::forward);
@@ -693,6 +694,23 @@ py::dict explain_max_pool2d(py::handle input, py::handle kernel_size, py::handle
   return result;
 }
 
+py::dict explain_on_cuda(const Conv2dReluMaxPool2dProblem& problem, const at::Device& device) {
+  const cuda::BlockPlan plan = cuda_conv2d_planner().plan_block(
+      problem, kCudaAlignment, cuda_device_of()(device).limits, cuda::active_conv2d_policy());
+  if (!plan.fused) {
+    py::dict result = explain_on_cuda(problem.conv, device);
+    result["fused"] = false;
+    result["fused_reason"] = plan.reason;
+    return result;
+  }
+  py::dict result;
+  explain_pass(result, "", problem.conv, plan.conv);
+  result["isa"] = "cuda";
+  result["fused"] = true;
+  result["flops"] = 2 * problem.conv.multiply_adds();
+  return result;
+}
+
 struct BlockCall {
   const at::Tensor& input;
   const at::Tensor& weight;
@@ -740,6 +758,7 @@ py::dict explain_conv2d_relu_max_pool2d(py::handle input, py::handle weight, py:
   const std::string reason = block_not_native(x, w, b, arguments);
   if (!reason.empty()) return aten_plan(reason);
   const Conv2dReluMaxPool2dProblem problem = block_problem(op, batched(op, x), w, b, arguments);
+  if (!x.is_cpu()) return explain_on_cuda(problem, x.device());
   const Conv2dReluMaxPool2dPlan plan =
       plan_conv2d_relu_max_pool2d(problem, active_isa(), torch_thread_pool().threads);
   py::dict result =

@@ -23,6 +23,8 @@ using kernel_tests::Random;
 using kernel_tests::Tensor;
 
 const Dims kVector = {1, 1, 1, 1};
+// Of a block of an H100.
+constexpr int64_t kSharedBytes = 227 * 1024;
 
 // Few products, in vectors of channels often enough.
 Conv2dProblem random_problem(Random& random) {
@@ -36,6 +38,49 @@ Conv2dProblem random_problem(Random& random) {
   }
 }
 
+// Of one channel a group, as networks have them and as they might: whole tiles of results and not,
+// rows that are aligned and not, kernels that have tiles and that have none.
+Conv2dProblem random_depthwise(Random& random) {
+  Conv2dProblem p = {};
+  p.dtype = kernel_tests::random_dtype(random);
+  p.layout = random.chance(50) ? Layout::nchw : Layout::nhwc;
+  p.batch = random.between(1, 3);
+  p.groups = p.in_channels = random.chance(70) ? 4 * random.between(1, 6) : random.between(1, 9);
+  p.out_channels = p.groups * (random.chance(80) ? 1 : random.between(2, 3));
+  const bool common = random.chance(85);
+  const int64_t kernel = common ? 2 * random.between(1, 3) + 1 : random.between(1, 7);
+  const int64_t stride = common ? random.between(1, 2) : random.between(1, 3);
+  const int64_t dilation = common ? 1 : random.between(1, 2);
+  const bool centred = random.chance(80);
+  const auto draw_axis = [&](int64_t& in, int64_t& out, int64_t& size, int64_t& step, int64_t& pad,
+                             int64_t& apart) {
+    size = common ? kernel : std::max<int64_t>(1, kernel - random.between(0, 1));
+    step = common ? stride : random.between(1, stride);
+    apart = dilation;
+    pad = centred ? (size - 1) / 2 : random.between(0, size);
+    do {
+      in = random.chance(60) ? 4 * random.between(1, 9) : random.between(1, 31);
+      if (random.chance(30)) in = 7 * random.between(1, 4);
+      out = (in + 2 * pad - apart * (size - 1) - 1) / step + 1;
+    } while (in + 2 * pad < apart * (size - 1) + 1);
+  };
+  draw_axis(p.in_height, p.out_height, p.kernel_height, p.stride_h, p.pad_top, p.dilation_h);
+  draw_axis(p.in_width, p.out_width, p.kernel_width, p.stride_w, p.pad_left, p.dilation_w);
+  const Dims shape = {p.out_channels, 1, p.kernel_height, p.kernel_width};
+  const Dims strides =
+      kernel_tests::layout_strides(shape, random.chance(70) ? Layout::nchw : Layout::nhwc);
+  p.weight_stride_k = strides[0];
+  p.weight_stride_c = strides[1];
+  p.weight_stride_r = strides[2];
+  p.weight_stride_s = strides[3];
+  return p;
+}
+
+Tensor with_specials(Random& random, Tensor tensor, int64_t count) {
+  kernel_tests::add_specials(random, tensor, count);
+  return tensor;
+}
+
 // The tensors of a convolution, what its passes give, and where they lie.
 struct Case {
   Conv2dProblem problem;
@@ -45,12 +90,14 @@ struct Case {
   kernel_tests::Conv2dGradients gradients;
   Dims weight_strides;
 
-  Case(Random& random, const Conv2dProblem& p)
+  Case(Random& random, const Conv2dProblem& p, int64_t specials = 0)
       : problem(p),
         element(kernel_tests::element_of(p.dtype)),
         placement(random.chance(80) ? Memory::Placement::aligned : Memory::Placement::unaligned),
-        input(kernel_tests::random_tensor(random, {p.batch, p.in_channels, p.in_height, p.in_width},
-                                          p.dtype)),
+        input(with_specials(random,
+                            kernel_tests::random_tensor(
+                                random, {p.batch, p.in_channels, p.in_height, p.in_width}, p.dtype),
+                            specials)),
         weight(kernel_tests::random_tensor(
             random, {p.out_channels, p.in_channels / p.groups, p.kernel_height, p.kernel_width},
             p.dtype)),
@@ -102,6 +149,35 @@ void check_passes(const Case& c, const Memory& input, const Memory& grad_output,
   expect_holds(grad_input, c.gradients.input, name + ": gradient of the input");
 }
 
+void check_weight_gradient(const Case& c, int parts, const std::string& name,
+                           const std::function<void(void* grad_weight, void* totals)>& run) {
+  const Memory grad_weight(c.element, c.weight.shape, c.weight_strides, c.placement);
+  const Scratch totals(
+      cuda::weight_total_bytes(cuda::forward_pass(c.problem), parts, c.problem.dtype));
+  run(grad_weight.data(), totals.data());
+  expect_holds(grad_weight, c.gradients.weight, name + ": gradient of the weight");
+  kernel_tests::expect(totals.guards_intact(), "totals stay in bounds");
+}
+
+void check_depthwise(const Case& c, const Memory& input, const Memory& grad_output,
+                     const Memory& weight, const Memory& bias, int parts) {
+  const DType dtype = c.problem.dtype;
+  const ConvolutionPass forward = cuda::forward_pass(c.problem);
+  const int64_t most = std::max(forward.source_channels, forward.result_channels);
+  if (most * forward.kernel_taps() <= cuda::kMostDepthwiseWeights) {
+    check_passes(c, input, grad_output, bias, "depthwise",
+                 [&](const ConvolutionPass& pass, const void* source, const void* added,
+                     void* result, bool relu) {
+                   cuda::depthwise_pass(dtype, pass, source, weight.data(), added, result, relu,
+                                        nullptr);
+                 });
+  }
+  check_weight_gradient(c, parts, "depthwise", [&](void* grad_weight, void* totals) {
+    cuda::depthwise_weight_gradient(dtype, forward, parts, grad_output.data(), input.data(),
+                                    grad_weight, totals, nullptr);
+  });
+}
+
 void check_all(Random& random, const Case& c) {
   const Conv2dProblem& p = c.problem;
   const Memory input = c.in_layout(c.input), grad_output = c.in_layout(c.grad_output);
@@ -109,47 +185,40 @@ void check_all(Random& random, const Case& c) {
   const Memory bias(c.element, c.bias, kVector, c.placement);
   const ConvolutionPass forward = cuda::forward_pass(p);
   const int parts = static_cast<int>(random.between(1, 4));
-  const GemmChoice choice = {
-      random.chance(50) ? 64 : 128, false,
-      random.chance(50) ? TensorProducts::tf32 : TensorProducts::exact_parts};
+  const int rows = random.chance(50) ? 64 : 128;
+  const int columns = rows == 128 && random.chance(50) ? 128 : 64;
+  const TensorProducts products =
+      random.chance(50) ? TensorProducts::tf32 : TensorProducts::exact_parts;
+  const GemmChoice choice = cuda::make_gemm_choice(forward, p.dtype, rows, columns, products, 1);
 
   check_passes(c, input, grad_output, bias, "direct",
                [&](const ConvolutionPass& pass, const void* source, const void* added, void* result,
                    bool relu) {
                  cuda::direct_pass(p.dtype, pass, source, weight.data(), added, result, relu,
-                                   nullptr);
+                                   c.alignment(), nullptr, nullptr, nullptr);
                });
   if (p.dtype != DType::float64) {
     check_passes(c, input, grad_output, bias, "implicit GEMM",
                  [&](const ConvolutionPass& pass, const void* source, const void* added,
                      void* result, bool relu) {
-                   GemmChoice own = choice;
-                   own.contiguous =
-                       cuda::chunks_are_contiguous(pass, c.element_bytes(), c.alignment());
-                   const Scratch packed(cuda::packed_weight_bytes(pass, c.element_bytes()));
+                   const GemmChoice own = cuda::make_gemm_choice(pass, p.dtype, rows, columns,
+                                                                 products, c.alignment());
+                   if (cuda::gemm_shared_bytes(pass, p.dtype, own, nullptr) > kSharedBytes) {
+                     cuda::direct_pass(p.dtype, pass, source, weight.data(), added, result, relu, 1,
+                                       nullptr, nullptr, nullptr);
+                     return;
+                   }
+                   const Scratch packed(
+                       own.packs_weights ? cuda::packed_weight_bytes(pass, c.element_bytes()) : 0);
                    cuda::implicit_gemm_pass(p.dtype, own, pass, source, weight.data(), added,
-                                            result, relu, packed.data(), nullptr);
+                                            result, relu, nullptr, nullptr, packed.data(), nullptr);
                    kernel_tests::expect(packed.guards_intact(), "packed weights stay in bounds");
                  });
   }
-  const int64_t most = std::max(forward.source_channels, forward.result_channels);
-  if (most * forward.kernel_taps() <= cuda::kMostDepthwiseWeights) {
-    check_passes(c, input, grad_output, bias, "depthwise",
-                 [&](const ConvolutionPass& pass, const void* source, const void* added,
-                     void* result, bool relu) {
-                   const bool channels =
-                       cuda::depthwise_channels_apply(pass, c.element_bytes(), c.alignment());
-                   cuda::depthwise_pass(p.dtype, pass, channels, source, weight.data(), added,
-                                        result, relu, nullptr);
-                 });
-  }
+  check_depthwise(c, input, grad_output, weight, bias, parts);
 
   const auto check_weight = [&](const std::string& name, auto&& run) {
-    const Memory grad_weight(c.element, c.weight.shape, c.weight_strides, c.placement);
-    const Scratch totals(cuda::weight_total_bytes(forward, parts, p.dtype));
-    run(grad_weight.data(), totals.data());
-    expect_holds(grad_weight, c.gradients.weight, name + ": gradient of the weight");
-    kernel_tests::expect(totals.guards_intact(), "totals stay in bounds");
+    check_weight_gradient(c, parts, name, run);
   };
   check_weight("plain", [&](void* grad_weight, void* totals) {
     cuda::weight_gradient_plain(p.dtype, forward, parts, grad_output.data(), input.data(),
@@ -161,11 +230,6 @@ void check_all(Random& random, const Case& c) {
                                  grad_weight, totals, nullptr);
     });
   }
-  check_weight("depthwise", [&](void* grad_weight, void* totals) {
-    cuda::depthwise_weight_gradient(p.dtype, forward, parts, grad_output.data(), input.data(),
-                                    grad_weight, totals, nullptr);
-  });
-
   const int image_parts = static_cast<int>(random.between(1, p.batch));
   const Memory grad_bias(c.element, c.bias.shape, kVector, c.placement);
   const Scratch totals(cuda::bias_total_bytes(p, image_parts));
@@ -177,12 +241,18 @@ void check_all(Random& random, const Case& c) {
 
 void check_conv2d(Random& random) {
   const Case c(random, random_problem(random));
-  using Order = cuda_emulator::Schedule::Order;
-  constexpr Order kOrders[] = {Order::forward, Order::reverse, Order::shuffled};
-  cuda_emulator::schedule() = {kOrders[random.between(0, 2)],
-                               static_cast<uint32_t>(random.between(0, 1000))};
+  use_random_schedule(random);
   kernel_tests::set_context(kernel_tests::describe(c.problem));
   check_all(random, c);
+  constexpr int kDepthwise = 4;
+  for (int i = 0; i < kDepthwise; ++i) {
+    const Case one(random, random_depthwise(random), random.chance(30) ? 2 : 0);
+    kernel_tests::set_context("depthwise " + kernel_tests::describe(one.problem));
+    const Memory bias(one.element, one.bias, kVector, one.placement);
+    const Memory weight(one.element, one.weight, one.weight_strides, one.placement);
+    check_depthwise(one, one.in_layout(one.input), one.in_layout(one.grad_output), weight, bias,
+                    static_cast<int>(random.between(1, 4)));
+  }
   cuda_emulator::schedule() = {};
 }
 

@@ -81,12 +81,17 @@ inline Schedule& schedule() {
 // What a launch may ask for; those of an H100.
 struct Limits {
   size_t static_shared_bytes = 48 * 1024;
-  size_t dynamic_shared_bytes = 48 * 1024;  // more only for a kernel that has asked, as none does
+  size_t dynamic_shared_bytes = 48 * 1024;  // more only for a kernel that has asked
   size_t shared_bytes = 227 * 1024;
 };
 inline Limits& limits() {
   static Limits chosen;
   return chosen;
+}
+// What the kernel of the next launch has asked for.
+inline size_t& asked_shared_bytes() {
+  static size_t bytes = 0;
+  return bytes;
 }
 
 // --- Fibers ------------------------------------------------------------------------------------
@@ -232,8 +237,37 @@ struct AsyncCopy {
   size_t bytes, valid_bytes;  // what is not valid becomes zero
 };
 
+// A barrier in shared memory; its threads and its copies are told apart by what they bring.
+struct SharedBarrier {
+  unsigned count, left;  // arrivals of a phase, and those that are still to come
+  int64_t bytes = 0;     // that this phase expects still
+  unsigned phase = 0;
+  bool published = false;  // seen by copies
+
+  void complete() {
+    if (left > 0 || bytes > 0) return;
+    ++phase;
+    left = count;
+  }
+  bool is_over(unsigned parity) const { return phase % 2 != parity; }
+};
+
+// A copy of a box of a tensor: it is done where nothing else can go on.
+struct BoxCopy {
+  const char* target;
+  size_t bytes;
+  SharedBarrier* barrier;
+  std::function<void()> finish;
+};
+
+// A product of a warpgroup that is under way: it is done where its thread waits for it.
+struct Product {
+  float* sums;
+  std::function<void(float*)> add;  // to this thread's sums
+};
+
 struct Thread {
-  enum class State { ready, at_barrier, in_collective, exited };
+  enum class State { ready, at_barrier, at_shared_barrier, in_collective, exited };
 
   Fiber fiber;
   State state = State::ready;
@@ -242,6 +276,14 @@ struct Thread {
   Collective collective;
   std::vector<AsyncCopy> copies;              // not committed yet
   std::deque<std::vector<AsyncCopy>> groups;  // committed, the oldest first
+
+  const SharedBarrier* awaited = nullptr;  // at_shared_barrier
+  unsigned parity = 0;
+  std::vector<Product> products;                 // not committed yet
+  std::deque<std::vector<Product>> multiplying;  // committed, the oldest first
+  std::map<float*, std::vector<float>> sums;     // of products under way
+  bool fenced = false;                           // since it may have touched sums
+  uint64_t product_trail = 0;                    // of all products so far
 };
 
 class Block {
@@ -254,14 +296,24 @@ class Block {
   // By a thread, which they may stop for a while.
   void barrier(Site site);
   void collective(Collective operation);
+  void shared_barrier(const SharedBarrier& awaited, unsigned parity, Site site);
 
   // An array of its own for each place, and each type that a template has there.
   using SharedKey = std::tuple<std::string, int, std::type_index>;  // the file, a number in it
   void* shared_array(const SharedKey& key, size_t bytes);
   void* dynamic_shared() const { return dynamic_shared_.get(); }
   bool holds_shared(const void* pointer, size_t bytes) const;
+  // The address that dynamic shared memory has in its own space, and the way back. It begins where
+  // no alignment but that of 16 bytes is given.
+  static constexpr uint32_t kDynamicAddress = 1024 + 16;
+  uint32_t shared_address(const void* pointer);
+  char* shared_pointer(uint32_t address, size_t bytes);
+
+  std::map<const void*, SharedBarrier> barriers;
+  std::vector<BoxCopy> box_copies;  // under way
 
   Thread& thread() { return *running_; }
+  unsigned thread_number() const { return static_cast<unsigned>(running_ - threads_.data()); }
   unsigned lane() const { return static_cast<unsigned>(running_ - threads_.data()) % kWarp; }
 
   const dim3 grid, size;
@@ -277,6 +329,9 @@ class Block {
 
   void stop(Thread::State state);
   bool run_warp(const std::vector<unsigned>& lanes);
+  bool wake();
+  bool finish_box_copy();
+  void check_end() const;
   void complete_collectives(unsigned first, unsigned end, bool* progress);
   void complete_barrier();
   std::string waiting() const;
@@ -335,6 +390,10 @@ inline void Block::entry() {
   block.running_->fiber.entered();
   try {
     block.kernel_();
+    const Thread& thread = *block.running_;
+    if (!thread.products.empty() || !thread.multiplying.empty()) {
+      block.fail("it ends before its products do");
+    }
   } catch (const Error& error) {
     block.failure_ = error.what();
   }
@@ -354,6 +413,15 @@ inline void Block::fail(const std::string& what) {
 inline void Block::barrier(Site site) {
   running_->barrier = site;
   stop(Thread::State::at_barrier);
+}
+
+inline void Block::shared_barrier(const SharedBarrier& awaited, unsigned parity, Site site) {
+  while (!awaited.is_over(parity)) {
+    running_->awaited = &awaited;
+    running_->parity = parity;
+    running_->barrier = site;
+    stop(Thread::State::at_shared_barrier);
+  }
 }
 
 inline void Block::collective(Collective operation) {
@@ -390,6 +458,62 @@ inline bool Block::holds_shared(const void* pointer, size_t bytes) const {
   return std::any_of(shared_.begin(), shared_.end(), [&](const auto& entry) {
     return inside(entry.second.memory.get(), entry.second.bytes);
   });
+}
+
+inline uint32_t Block::shared_address(const void* pointer) {
+  const char* const begin = dynamic_shared_.get();
+  const char* const at = static_cast<const char*>(pointer);
+  if (begin == nullptr || at < begin || at > begin + dynamic_shared_bytes_) {
+    fail("the shared address of what is not in dynamic shared memory");
+  }
+  return kDynamicAddress + static_cast<uint32_t>(at - begin);
+}
+
+inline char* Block::shared_pointer(uint32_t address, size_t bytes) {
+  if (address < kDynamicAddress || address + bytes > kDynamicAddress + dynamic_shared_bytes_) {
+    fail("the address of what is not in dynamic shared memory");
+  }
+  return dynamic_shared_.get() + (address - kDynamicAddress);
+}
+
+// Lets those go on for whom a phase is over.
+inline bool Block::wake() {
+  bool progress = false;
+  for (Thread& thread : threads_) {
+    if (thread.state != Thread::State::at_shared_barrier) continue;
+    if (!thread.awaited->is_over(thread.parity)) continue;
+    thread.state = Thread::State::ready;
+    progress = true;
+  }
+  return progress;
+}
+
+// Copies arrive in any order, one at a time, and as late as possible.
+inline bool Block::finish_box_copy() {
+  if (box_copies.empty()) return false;
+  size_t next = 0;
+  if (schedule().order == Schedule::Order::reverse) next = box_copies.size() - 1;
+  if (schedule().order == Schedule::Order::shuffled) next = random_() % box_copies.size();
+  const BoxCopy copy = box_copies[next];
+  box_copies.erase(box_copies.begin() + static_cast<std::ptrdiff_t>(next));
+  SharedBarrier& barrier = *copy.barrier;
+  if (barrier.bytes < static_cast<int64_t>(copy.bytes)) {
+    throw Error("block " + text(index) + ": a copy brings " + std::to_string(copy.bytes) +
+                " bytes where a barrier expects " + std::to_string(barrier.bytes));
+  }
+  copy.finish();
+  barrier.bytes -= static_cast<int64_t>(copy.bytes);
+  barrier.complete();
+  return true;
+}
+
+inline void Block::check_end() const {
+  if (!box_copies.empty()) throw Error("block " + text(index) + " ends before its copies do");
+  for (size_t i = 0; i < threads_.size(); ++i) {
+    if (threads_[i].product_trail != threads_[i / 128 * 128].product_trail) {
+      throw Error("block " + text(index) + ": threads of a warpgroup differ in their products");
+    }
+  }
 }
 
 // The threads of each warp, warps and lanes in the order of the schedule.
@@ -474,7 +598,9 @@ inline std::string Block::waiting() const {
   for (unsigned i = 0; i < threads_.size(); ++i) {
     const Thread& thread = threads_[i];
     std::string where = "exited";
-    if (thread.state == Thread::State::at_barrier) {
+    if (thread.state == Thread::State::at_shared_barrier) {
+      where = "at a barrier in shared memory, " + thread.barrier.text();
+    } else if (thread.state == Thread::State::at_barrier) {
       where = "at __syncthreads, " + thread.barrier.text();
     } else if (thread.state == Thread::State::in_collective) {
       char mask[16];
@@ -506,23 +632,38 @@ inline void Block::run(dim3 index_) {
     thread.state = Thread::State::ready;
     thread.copies.clear();
     thread.groups.clear();
+    thread.products.clear();
+    thread.multiplying.clear();
+    thread.sums.clear();
+    thread.fenced = false;
+    thread.product_trail = 0;
   }
+  barriers.clear();
+  box_copies.clear();
   const auto exited = [](const Thread& thread) { return thread.state == Thread::State::exited; };
   while (!std::all_of(threads_.begin(), threads_.end(), exited)) {
     bool progress = false;
     for (const std::vector<unsigned>& warp : turns()) {
       while (run_warp(warp)) progress = true;
+      progress = wake() || progress;
     }
-    if (!progress) complete_barrier();
+    // A copy is not done before a barrier that does not wait for it.
+    const bool at_barrier = std::all_of(threads_.begin(), threads_.end(), [](const Thread& thread) {
+      return thread.state == Thread::State::at_barrier;
+    });
+    if (!progress && (at_barrier || !finish_box_copy())) complete_barrier();
+    wake();
   }
+  check_end();
 }
 
 // Runs kernel() as every thread of the grid. Launches of several threads take turns.
 inline void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, const void*,
                    const std::function<void()>& kernel) {
+  const size_t asked = std::min(std::exchange(asked_shared_bytes(), 0), limits().shared_bytes);
   const bool fits = grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 &&
                     grid.z <= 65535 && size.count() > 0 && size.count() <= 1024 && size.z <= 64 &&
-                    dynamic_shared_bytes <= limits().dynamic_shared_bytes;
+                    dynamic_shared_bytes <= std::max(limits().dynamic_shared_bytes, asked);
   if (!fits) {
     throw Error("a grid of " + text(grid) + " blocks of " + text(size) + " threads with " +
                 std::to_string(dynamic_shared_bytes) +
@@ -723,6 +864,15 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > cuda_emulator::limits().shared_bytes) {
+    return cudaErrorInvalidValue;
+  }
+  cuda_emulator::asked_shared_bytes() = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
 struct cudaFuncAttributes {};
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
@@ -781,6 +931,14 @@ float element(uint32_t pair, int half) {
   return widen(T{static_cast<uint16_t>(pair >> (16 * half))});
 }
 
+// The nearest float that is not farther from zero.
+inline float toward_zero(double value) {
+  const auto nearest = static_cast<float>(value);
+  return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(value)
+             ? std::nextafter(nearest, 0.0f)
+             : nearest;
+}
+
 // d += a b for a_at(lane's operand, row, column) and b_at alike, of kDepth products a sum.
 template <int kDepth, class AAt, class BAt>
 void mma(const char* name, cuda_emulator::Site site, float (&d)[4], const uint32_t (&a)[4],
@@ -798,7 +956,7 @@ void mma(const char* name, cuda_emulator::Site site, float (&d)[4], const uint32
             for (int k = 0; k < kDepth; ++k) {
               sum += static_cast<double>(a_at(lanes, row, k)) * b_at(lanes, k, column);
             }
-            cuda_emulator::result_of<Sums>(own).values[i] = static_cast<float>(sum);
+            cuda_emulator::result_of<Sums>(own).values[i] = toward_zero(sum);
           }
         }
       });
@@ -907,3 +1065,5 @@ void cp_async_wait() {
 }
 
 }  // namespace cnnkernels::cuda
+
+#include "cuda_emulator_hopper.h"

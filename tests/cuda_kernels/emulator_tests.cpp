@@ -3,10 +3,13 @@
 //   usage: PROGRAM
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "block_sum.cuh"
+#include "kernels/cuda/hopper.cuh"
 #include "matrix_product.cuh"
 #include "schedules.h"
 #include "support.h"
@@ -317,6 +320,341 @@ void check_tf32() {
   expect(c == 1 + std::ldexp(1.0f, -10), "ten bits of a mantissa take part");
 }
 
+// A map of `rows` rows of `columns` elements of 16 bits, or an error.
+CUtensorMap map_of(const uint16_t* elements, int columns, int rows, int box_columns, int box_rows,
+                   bool swizzled, int planes = 1) {
+  const auto width = static_cast<uint64_t>(columns), height = static_cast<uint64_t>(rows);
+  CUtensorMap map;
+  const Error error = encode_tensor_map(
+      {4,
+       elements,
+       {width, height, static_cast<uint64_t>(planes), 1},
+       {2 * width, 2 * width * height, 2 * width * height * static_cast<uint64_t>(planes)},
+       {static_cast<uint32_t>(box_columns), static_cast<uint32_t>(box_rows), 1, 1},
+       swizzled},
+      &map);
+  expect(error == kSuccess, "a map of a tensor");
+  return map;
+}
+
+// Dynamic shared memory at the first multiple of 1024 of its addresses; launches ask for so many
+// bytes more.
+constexpr size_t kAlignmentBytes = 1024;
+unsigned char* aligned_shared() {
+  CNNK_DYNAMIC_SHARED(unsigned char, shared);
+  return shared + (-shared_address(shared) & (kSwizzleBytes - 1));
+}
+
+void init_one(Barrier& barrier, int arrivals) {
+  if (threadIdx.x == 0) {
+    init_barrier(barrier, arrivals);
+    publish_barriers();
+  }
+  __syncthreads();
+}
+
+void check_barriers_in_shared_memory() {
+  std::vector<int> order;
+  for_each_schedule("barriers in shared memory", [&] {
+    order.clear();
+    run(96, [&] {
+      CNNK_SHARED(Barrier, barriers, 1);
+      init_one(barriers[0], 32);
+      for (int phase = 0; phase < 3; ++phase) {
+        if (threadIdx.x < 32) {
+          order.push_back(2 * phase);
+          arrive(barriers[0]);
+        }
+        wait(barriers[0], phase % 2);
+        order.push_back(2 * phase + 1);
+        __syncthreads();
+      }
+      wait(barriers[0], 0);  // the phase before the one that goes on
+    });
+    expect(std::is_sorted(order.begin(), order.end()), "all wait for all arrivals of a phase");
+  });
+  set_context("errors of barriers in shared memory");
+  expect_error("that nobody has initialized", 1, [] {
+    CNNK_SHARED(Barrier, barriers, 1);
+    arrive(barriers[0]);
+  });
+  expect_error("initialized twice", 1, [] {
+    CNNK_SHARED(Barrier, barriers, 1);
+    init_barrier(barriers[0], 1);
+    init_barrier(barriers[0], 1);
+  });
+  expect_error("outside of shared memory", 1, [] {
+    Barrier own;
+    init_barrier(own, 1);
+  });
+  expect_error("of no arrivals", 1, [] {
+    CNNK_SHARED(Barrier, barriers, 1);
+    init_barrier(barriers[0], 0);
+  });
+  expect_error("waits for ever: 1 threads at a barrier in shared memory", 1, [] {
+    CNNK_SHARED(Barrier, barriers, 1);
+    init_barrier(barriers[0], 2);
+    arrive(barriers[0]);
+    wait(barriers[0], 0);
+  });
+  expect_error("waits for ever", 1, [] {  // for bytes that no copy brings
+    CNNK_SHARED(Barrier, barriers, 1);
+    init_barrier(barriers[0], 1);
+    arrive_expecting(barriers[0], 16);
+    wait(barriers[0], 0);
+  });
+  expect_error("more arrivals than the phase", 1, [] {
+    CNNK_SHARED(Barrier, barriers, 1);
+    init_barrier(barriers[0], 1);
+    arrive_expecting(barriers[0], 16);
+    arrive(barriers[0]);
+  });
+}
+
+void check_box_copies() {
+  constexpr int kColumns = 16, kRows = 5, kPlanes = 2;
+  alignas(16) uint16_t elements[kPlanes * kRows * kColumns];
+  for (size_t i = 0; i < std::size(elements); ++i) elements[i] = static_cast<uint16_t>(i + 1);
+  const CUtensorMap map = map_of(elements, kColumns, kRows, 8, 4, false, kPlanes);
+  constexpr int kBoxBytes = 8 * 4 * 2;
+  for_each_schedule("copies of boxes", [&] {
+    run(
+        1,
+        [&] {
+          CNNK_SHARED(Barrier, barriers, 1);
+          auto* const target = reinterpret_cast<uint16_t*>(aligned_shared());
+          init_one(barriers[0], 1);
+          target[0] = 7;
+          arrive_expecting(barriers[0], 2 * kBoxBytes);
+          copy_box(target, map, barriers[0], {-3, 3, 1, 0});
+          copy_box(target + 64, map, barriers[0], {8, -1, 2, 0});
+          expect(target[0] == 0xffff, "nothing is there before the wait");
+          wait(barriers[0], 0);
+          bool equal = true;
+          for (int row = 0; row < 4; ++row) {
+            for (int column = 0; column < 8; ++column) {
+              const bool inside = row + 3 < kRows && column - 3 >= 0;
+              const int place = (kRows + row + 3) * kColumns + column - 3;
+              equal = equal && target[row * 8 + column] == (inside ? place + 1 : 0);
+              equal = equal && target[64 + row * 8 + column] == 0;  // a plane past the last
+            }
+          }
+          expect(equal, "a box, and zeros outside of the tensor");
+        },
+        1, kAlignmentBytes + 192);
+  });
+  set_context("errors of copies of boxes");
+  const auto expect_box_error = [&](const char* words, auto&& kernel) {
+    expect_error(
+        words, 1,
+        [&] {
+          CNNK_SHARED(Barrier, barriers, 1);
+          init_barrier(barriers[0], 1);
+          kernel(barriers[0], aligned_shared());
+        },
+        kAlignmentBytes + 192);
+  };
+  const int at[4] = {0, 0, 0, 0};
+  const CUtensorMap large = map_of(elements, kColumns, kRows, 8, 8, false, kPlanes);
+  expect_box_error("was not published", [&](Barrier& barrier, unsigned char* target) {
+    copy_box(target, map, barrier, at);
+  });
+  expect_box_error("16 bytes past a multiple of 128", [&](Barrier& barrier, unsigned char* target) {
+    publish_barriers();
+    copy_box(target + 16, map, barrier, at);
+  });
+  expect_box_error("not in dynamic shared memory", [&](Barrier& barrier, unsigned char* target) {
+    publish_barriers();
+    copy_box(target + 128, large, barrier, at);
+  });
+  expect_box_error("of another rank", [&](Barrier& barrier, unsigned char* target) {
+    publish_barriers();
+    copy_box(target, map, barrier, {0, 0, 0, 0, 0});
+  });
+  expect_box_error("ends before its copies do", [&](Barrier& barrier, unsigned char* target) {
+    publish_barriers();
+    arrive_expecting(barrier, kBoxBytes);
+    copy_box(target, map, barrier, at);
+  });
+  expect_box_error("brings 64 bytes where a barrier expects 32",
+                   [&](Barrier& barrier, unsigned char* target) {
+                     publish_barriers();
+                     arrive_expecting(barrier, kBoxBytes / 2);
+                     copy_box(target, map, barrier, at);
+                     wait(barrier, 0);
+                   });
+  set_context("maps of tensors");
+  CUtensorMap refused;
+  const auto refuses = [&](TensorBoxes boxes, const char* why) {
+    expect(encode_tensor_map(boxes, &refused) != kSuccess, why);
+  };
+  refuses({2, elements, {16, 4}, {32}, {4, 4}, false}, "rows of 8 bytes");
+  refuses({2, elements, {16, 4}, {32}, {8, 257}, false}, "a box of 257 rows");
+  refuses({2, elements, {16, 4}, {24}, {8, 4}, false}, "a stride of 24 bytes");
+  refuses({2, elements, {16, 0}, {32}, {8, 4}, false}, "no rows");
+  refuses({2, elements, {72, 4}, {144}, {72, 4}, true}, "swizzled rows of 144 bytes");
+  refuses({2, elements + 4, {16, 4}, {32}, {8, 4}, false}, "elements at 8 bytes");
+  refuses({6, elements, {16, 4}, {32}, {8, 4}, false}, "six dimensions");
+}
+
+// A product of 64 rows of A, whose rows of eight lie some bytes apart, and kColumns swizzled rows
+// of B; both 64 deep.
+constexpr int kProductRows = 64, kProductDepth = 64;
+constexpr int kCorePitch = 128 + 48, kPlaneBytes = 8 * kCorePitch + 16;
+template <class T, int kColumns>
+void check_warpgroup_product(const char* name, Random& random) {
+  std::vector<T> a(kProductRows * kProductDepth);
+  auto b = std::make_unique<T[]>(kColumns * kProductDepth);
+  for (T& value : a) value = narrow<T>(static_cast<float>(random.between(-8, 8)));
+  for (int i = 0; i < kColumns * kProductDepth; ++i) {
+    b[static_cast<size_t>(i)] = narrow<T>(static_cast<float>(random.between(-8, 8)));
+  }
+  const CUtensorMap map = map_of(reinterpret_cast<const uint16_t*>(b.get()), kProductDepth,
+                                 kColumns, kProductDepth, kColumns, true);
+  constexpr int kBBytes = kColumns * kProductDepth * 2;
+  std::vector<float> c(kProductRows * kColumns);
+  for_each_schedule(name, [&] {
+    run(
+        128,
+        [&] {
+          CNNK_SHARED(Barrier, barriers, 1);
+          unsigned char* const of_b = aligned_shared();
+          unsigned char* const of_a = of_b + kBBytes + 16;  // no multiple of 128
+          const int thread = static_cast<int>(threadIdx.x);
+          for (int i = thread; i < kProductRows * kProductDepth; i += 128) {
+            const int row = i / kProductDepth, k = i % kProductDepth;
+            std::memcpy(
+                of_a + row / 8 * kCorePitch + row % 8 * 16 + k / 8 * kPlaneBytes + k % 8 * 2,
+                &a[static_cast<size_t>(i)], 2);
+          }
+          init_one(barriers[0], 1);
+          if (thread == 0) {
+            arrive_expecting(barriers[0], kBBytes);
+            copy_box(of_b, map, barriers[0], {0, 0, 0, 0});
+          }
+          wait(barriers[0], 0);
+          const uint64_t rows =
+              matrix_descriptor(shared_address(of_a), kPlaneBytes, kCorePitch, false);
+          const uint64_t columns = matrix_descriptor(shared_address(of_b), 16, 1024, true);
+          float sums[kColumns / 2] = {};
+          wgmma_fence();
+          for (int k = 0; k < kProductDepth / 16; ++k) {
+            wgmma_m64k16<T>(sums, advance_descriptor(rows, k * 2 * kPlaneBytes),
+                            advance_descriptor(columns, k * 32));
+            if (k == 1) wgmma_commit();
+          }
+          wgmma_commit();
+          wgmma_wait<1>();
+          expect(std::isnan(sums[3]), "sums are not there before the last wait");
+          wgmma_finish(sums);
+          for (int i = 0; i < kColumns / 2; ++i) {
+            const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8;
+            const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+            c[static_cast<size_t>(row * kColumns + column)] = sums[i];
+          }
+        },
+        1, kAlignmentBytes + kBBytes + 16 + kProductDepth / 8 * kPlaneBytes);
+    bool equal = true;
+    for (int row = 0; row < kProductRows; ++row) {
+      for (int column = 0; column < kColumns; ++column) {
+        float expected = 0;
+        for (int k = 0; k < kProductDepth; ++k) {
+          expected += widen(a[static_cast<size_t>(row * kProductDepth + k)]) *
+                      widen(b[static_cast<size_t>(column * kProductDepth + k)]);
+        }
+        equal = equal && c[static_cast<size_t>(row * kColumns + column)] == expected;
+      }
+    }
+    expect(equal, "a product of a warpgroup");
+  });
+}
+
+void check_warpgroup_errors() {
+  set_context("errors of warpgroup products");
+  constexpr size_t kBytes = kAlignmentBytes + 16384;
+  // Of 64 rows, in zeros.
+  const auto expect_product_error = [&](const char* words, auto&& kernel) {
+    expect_error(
+        words, 128,
+        [&] {
+          CNNK_DYNAMIC_SHARED(unsigned char, shared);
+          if (threadIdx.x == 0) std::memset(shared, 0, kBytes);
+          __syncthreads();
+          float sums[32] = {};
+          kernel(sums, matrix_descriptor(shared_address(aligned_shared()), 1024, 128, false));
+        },
+        kBytes);
+  };
+  using Sums = float (&)[32];
+  expect_product_error("without a wgmma.fence", [](Sums sums, uint64_t matrix) {
+    wgmma_m64k16<float16>(sums, matrix, matrix);
+  });
+  expect_product_error("without a wgmma.fence", [](Sums sums, uint64_t matrix) {
+    wgmma_fence();
+    wgmma_m64k16<float16>(sums, matrix, matrix);
+    wgmma_commit();
+    wgmma_finish(sums);
+    sums[0] = 1;
+    wgmma_m64k16<float16>(sums, matrix, matrix);
+  });
+  expect_product_error("it ends before its products do", [](Sums sums, uint64_t matrix) {
+    wgmma_fence();
+    wgmma_m64k16<float16>(sums, matrix, matrix);
+    wgmma_commit();
+  });
+  expect_product_error("lanes have different descriptors", [](Sums sums, uint64_t matrix) {
+    wgmma_fence();
+    wgmma_m64k16<float16>(sums, advance_descriptor(matrix, threadIdx.x == 5 ? 16 : 0), matrix);
+  });
+  expect_product_error("waits for ever", [](Sums sums, uint64_t matrix) {
+    wgmma_fence();
+    if (threadIdx.x != 5) wgmma_m64k16<float16>(sums, matrix, matrix);
+    wgmma_commit();
+    wgmma_finish(sums);
+  });
+  expect_product_error("threads of a warpgroup differ", [](Sums sums, uint64_t matrix) {
+    wgmma_fence();
+    wgmma_m64k16<float16>(sums, matrix, advance_descriptor(matrix, threadIdx.x < 32 ? 16 : 0));
+    wgmma_commit();
+    wgmma_finish(sums);
+  });
+  expect_product_error("not in dynamic shared memory", [](Sums sums, uint64_t matrix) {
+    wgmma_fence();
+    wgmma_m64k16<float16>(sums, advance_descriptor(matrix, 16384), matrix);
+  });
+  expect_product_error("a descriptor of a matrix", [](Sums sums, uint64_t matrix) {
+    wgmma_fence();
+    wgmma_m64k16<float16>(sums, matrix | uint64_t{1} << 49, matrix);
+  });
+  alignas(16) const uint16_t elements[64 * 8] = {};
+  const CUtensorMap map = map_of(elements, 8, 64, 8, 64, false);
+  expect_product_error("a product of what a copy has still to bring",
+                       [&](Sums sums, uint64_t matrix) {
+                         CNNK_SHARED(Barrier, barriers, 1);
+                         init_one(barriers[0], 1);
+                         if (threadIdx.x == 0) {
+                           arrive_expecting(barriers[0], 1024);
+                           copy_box(aligned_shared(), map, barriers[0], {0, 0, 0, 0});
+                         }
+                         __syncthreads();
+                         wgmma_fence();
+                         wgmma_m64k16<float16>(sums, matrix, matrix);
+                       });
+}
+
+// More dynamic shared memory than every architecture has is for those who ask.
+__global__ void large_kernel() {
+  CNNK_DYNAMIC_SHARED(char, shared);
+  shared[100 * 1024 - 1] = 1;
+}
+void check_large_shared_memory() {
+  set_context("large shared memory");
+  const LaunchGrid one;
+  expect(launch(large_kernel, one, 100 * 1024, nullptr) == kSuccess, "a launch asks for it");
+  expect(launch(large_kernel, one, 228 * 1024, nullptr) != kSuccess, "there is no more");
+  expect_error("cannot be launched", 1, [] {}, 100 * 1024);
+}
+
 }  // namespace
 }  // namespace cuda_kernel_tests
 
@@ -331,7 +669,13 @@ int main() {
     check_accesses();
     check_asynchronous_copies();
     check_tf32();
+    check_large_shared_memory();
+    check_barriers_in_shared_memory();
+    check_box_copies();
+    check_warpgroup_errors();
     Random random(1);
+    check_warpgroup_product<float16, 64>("wgmma of float16", random);
+    check_warpgroup_product<bfloat16, 128>("wgmma of bfloat16", random);
     for (int i = 0; i < 5; ++i) {
       check_row_sums(random);
       check_products(random);

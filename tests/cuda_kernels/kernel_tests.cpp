@@ -253,13 +253,19 @@ int main(int argc, char** argv) {
       check_step_plan(random);
       check_pool_plan(random);
       check_conv2d_plan(random);
+      check_block_plan(random);
       check_max_pool2d(random);
       check_foreign_argmax(random);
       check_gradient_step(random);
     }
+    check_conv2d_accuracy(random);
+    check_wgmma_cut();
     for (long i = 0; i < convolutions; ++i) {
       check_conv2d(random);
+      check_conv2d_specials(random);
+      check_block(random);
       check_planned_conv2d(random);
+      check_wgmma(random);
     }
   } catch (const cuda_emulator::Error& error) {
     kernel_tests::expect(false, error.what());

@@ -7,6 +7,7 @@
 #include "kernels/cuda/conv2d.h"
 #include "kernels/cuda/gradient_step.h"
 #include "kernels/cuda/max_pool2d.h"
+#include "kernels/cuda/source_patch.h"
 #include "problems.h"
 #include "reference.h"
 
@@ -98,8 +99,8 @@ MaxPool2dProblem pooling_of_any_size(Random& random) {
 constexpr Conv2dPass kPasses[] = {Conv2dPass::forward, Conv2dPass::input_gradient,
                                   Conv2dPass::weight_gradient, Conv2dPass::bias_gradient};
 constexpr Conv2dPolicy kPolicies[] = {Conv2dPolicy::automatic, Conv2dPolicy::native,
-                                      Conv2dPolicy::direct, Conv2dPolicy::implicit_gemm,
-                                      Conv2dPolicy::depthwise};
+                                      Conv2dPolicy::direct,    Conv2dPolicy::implicit_gemm,
+                                      Conv2dPolicy::depthwise, Conv2dPolicy::wgmma};
 
 DeviceLimits any_device(Random& random) {
   DeviceLimits limits = cuda::architecture_limits(kCapabilities[random.between(0, 10)]);
@@ -143,11 +144,22 @@ Conv2dProblem convolution_of_any_size(Random& random) {
   return p;
 }
 
+bool same(const cuda::GemmChoice& a, const cuda::GemmChoice& b) {
+  return a.rows == b.rows && a.columns == b.columns && a.products == b.products &&
+         a.contiguous == b.contiguous && a.aligned == b.aligned &&
+         a.packs_weights == b.packs_weights;
+}
+
+bool same(const cuda::WeightGradientChoice& a, const cuda::WeightGradientChoice& b) {
+  return a.products == b.products && a.gradient_contiguous == b.gradient_contiguous &&
+         a.source_contiguous == b.source_contiguous && a.row_warps == b.row_warps &&
+         a.column_warps == b.column_warps && a.results == b.results && a.parts == b.parts;
+}
+
 bool same(const Conv2dPlan& a, const Conv2dPlan& b) {
-  return a.algorithm == b.algorithm && a.torch_ratio == b.torch_ratio &&
-         a.gemm.tile == b.gemm.tile && a.gemm.contiguous == b.gemm.contiguous &&
-         a.gemm.products == b.gemm.products && a.channels == b.channels && a.parts == b.parts &&
-         a.workspace_bytes == b.workspace_bytes;
+  return a.algorithm == b.algorithm && a.torch_ratio == b.torch_ratio && a.measured == b.measured &&
+         a.alignment == b.alignment && same(a.gemm, b.gemm) && same(a.weight, b.weight) &&
+         a.parts == b.parts && a.workspace_bytes == b.workspace_bytes;
 }
 
 bool within(int64_t x, int64_t y, int64_t z) {
@@ -155,9 +167,9 @@ bool within(int64_t x, int64_t y, int64_t z) {
          z <= cuda::kMostBlocksYZ;
 }
 
-// The grid of a forward pass or an input gradient, and what its kernel asks for.
+// The grid of a forward pass, an input gradient or a block, and what its kernel asks for.
 void check_pass_plan(const Conv2dProblem& p, const Conv2dPlan& plan, cuda::ConvolutionPass pass,
-                     int64_t alignment) {
+                     const MaxPool2dProblem* pool, int64_t alignment, const DeviceLimits& limits) {
   const int64_t bytes = element_size(p.dtype);
   switch (plan.algorithm) {
     case Conv2dAlgorithm::direct:
@@ -165,17 +177,33 @@ void check_pass_plan(const Conv2dProblem& p, const Conv2dPlan& plan, cuda::Convo
              "the grid of the direct kernel");
       expect(plan.workspace_bytes == 0, "it has no workspace");
       break;
-    case Conv2dAlgorithm::implicit_gemm:
+    case Conv2dAlgorithm::implicit_gemm: {
       expect(p.dtype != DType::float64, "float64 has no tensor cores");
-      expect(plan.gemm.tile == 64 || plan.gemm.tile == 128, "a tile that there is");
-      expect(within(cuda::number_tiles(pass, plan.gemm.tile),
-                    ceil_div(pass.result_channels, plan.gemm.tile), pass.groups),
-             "the grid of the implicit GEMM");
-      expect((plan.gemm.products == cuda::TensorProducts::tf32) ==
-                 (p.precision == Float32Precision::high),
-             "products are as exact as asked for");
-      expect(!plan.gemm.contiguous || (p.layout == Layout::nhwc && alignment >= cuda::kVectorBytes),
+      const cuda::GemmChoice& gemm = plan.gemm;
+      expect((gemm.rows == 64 && gemm.columns == 64) ||
+                 (gemm.rows == 128 && (gemm.columns == 64 || gemm.columns == 128)),
+             "a tile that there is");
+      expect(
+          (gemm.products == cuda::TensorProducts::tf32) == (p.precision == Float32Precision::high),
+          "products are as exact as asked for");
+      expect(gemm.columns == 64 || p.dtype != DType::float32 ||
+                 gemm.products == cuda::TensorProducts::tf32,
+             "parts fit registers");
+      expect(!gemm.contiguous || (p.layout == Layout::nhwc && alignment >= cuda::kVectorBytes),
              "chunks are contiguous where channels are");
+      expect(
+          plan.workspace_bytes == (gemm.packs_weights ? cuda::packed_weight_bytes(pass, bytes) : 0),
+          "packed weights fit");
+      expect(cuda::gemm_shared_bytes(pass, p.dtype, gemm, pool) <= limits.shared_bytes_per_block,
+             "a block's shared memory is there");
+      const cuda::SourcePatch patch = cuda::make_source_patch(pass, gemm.rows, pool);
+      expect(patch.results > 0 && patch.results <= gemm.rows, "a tile has no more rows");
+      expect(within(patch.tiles, ceil_div(pass.result_channels, gemm.columns), pass.groups),
+             "the grid of the implicit GEMM");
+      break;
+    }
+    case Conv2dAlgorithm::wgmma:
+      expect(cuda::wgmma_applies(pass, p.dtype, alignment, limits), "products that there are");
       expect(plan.workspace_bytes == cuda::packed_weight_bytes(pass, bytes), "packed weights fit");
       break;
     case Conv2dAlgorithm::depthwise:
@@ -183,15 +211,13 @@ void check_pass_plan(const Conv2dProblem& p, const Conv2dPlan& plan, cuda::Convo
              "weights fit in shared memory");
       expect(within(cuda::number_tiles(pass, 4), int64_t{pass.groups} * pass.result_channels, 1),
              "the grid of the depthwise kernels");
-      expect(!plan.channels || cuda::depthwise_channels_apply(pass, bytes, alignment),
-             "vectors of channels where they are");
       break;
     default:
       expect(false, "an algorithm of a pass");
   }
 }
 
-void check_weight_plan(const Conv2dProblem& p, const Conv2dPlan& plan) {
+void check_weight_plan(const Conv2dProblem& p, const Conv2dPlan& plan, const DeviceLimits& limits) {
   const cuda::ConvolutionPass pass = cuda::forward_pass(p);
   const int64_t columns = int64_t{pass.kernel_taps()} * pass.source_channels;
   const int64_t pixels = p.batch * p.out_height * p.out_width;
@@ -208,11 +234,13 @@ void check_weight_plan(const Conv2dProblem& p, const Conv2dPlan& plan) {
           within(int64_t{pass.groups} * pass.result_channels * pass.source_channels, plan.parts, 1),
           "the grid of the depthwise kernel");
       return;
-    case Conv2dAlgorithm::implicit_gemm:
+    case Conv2dAlgorithm::implicit_gemm: {
       expect(p.dtype != DType::float64, "float64 has no tensor cores");
-      expect(plan.gemm.tile == 64 || plan.gemm.tile == 128, "a tile that there is");
-      tile = plan.gemm.tile;
-      break;
+      const auto shared = cuda::weight_gradient_shared_bytes(pass, p.dtype, plan.weight);
+      expect(shared.has_value() && *shared <= limits.shared_bytes_per_block,
+             "a block's shared memory is there");
+      return;
+    }
     default:
       expect(plan.algorithm == Conv2dAlgorithm::plain, "an algorithm of a weight gradient");
   }
@@ -363,25 +391,32 @@ void check_conv2d_plan(Random& random) {
       set_context(context.str());
       const Conv2dPlan plan = cuda::plan_conv2d(p, pass, alignment, limits, policy);
       expect(same(plan, cuda::plan_conv2d(p, pass, alignment, limits, policy)), "plans are pure");
-      expect(plan.algorithm == cuda::choose_conv2d(p, pass, limits, policy), "and so is a choice");
+      const Conv2dAlgorithm choice = cuda::choose_conv2d(p, pass, limits, policy);
+      const bool of_weight = pass == Conv2dPass::weight_gradient;
+      const bool too_large =
+          choice == Conv2dAlgorithm::implicit_gemm &&
+          plan.algorithm == (of_weight ? Conv2dAlgorithm::plain : Conv2dAlgorithm::direct);
+      expect(plan.algorithm == choice || too_large || plan.algorithm == Conv2dAlgorithm::wgmma,
+             "and so is a choice");
+      expect(plan.algorithm != Conv2dAlgorithm::wgmma || policy == Conv2dPolicy::wgmma,
+             "warpgroup products only by name");
       if (p.batch == 0) continue;  // which is planned, for explain, and never launched
       if (plan.algorithm == Conv2dAlgorithm::aten) {
         expect(policy == Conv2dPolicy::automatic, "torch is chosen where it may be");
-        expect(plan.torch_ratio > 0 && plan.torch_ratio < 1, "where it is faster");
-        expect(p.dtype != DType::float64, "and was measured");
+        expect(plan.torch_ratio > 0 && plan.torch_ratio < 1.1f, "where it is faster");
         continue;
       }
       expect(plan.algorithm != Conv2dAlgorithm::implicit_gemm || limits.compute_capability >= 80,
              "tensor cores that there are");
       switch (pass) {
         case Conv2dPass::forward:
-          check_pass_plan(p, plan, cuda::forward_pass(p), alignment);
+          check_pass_plan(p, plan, cuda::forward_pass(p), nullptr, alignment, limits);
           break;
         case Conv2dPass::input_gradient:
-          check_pass_plan(p, plan, cuda::input_gradient_pass(p), alignment);
+          check_pass_plan(p, plan, cuda::input_gradient_pass(p), nullptr, alignment, limits);
           break;
         case Conv2dPass::weight_gradient:
-          check_weight_plan(p, plan);
+          check_weight_plan(p, plan, limits);
           break;
         default:
           check_bias_plan(p, plan);
@@ -393,17 +428,64 @@ void check_conv2d_plan(Random& random) {
       }
       if (policy == Conv2dPolicy::implicit_gemm && !of_bias && p.dtype != DType::float64 &&
           limits.compute_capability >= 80) {
-        expect(plan.algorithm == Conv2dAlgorithm::implicit_gemm, "implicit GEMM is forced");
+        expect(plan.algorithm == Conv2dAlgorithm::implicit_gemm || too_large,
+               "implicit GEMM is forced");
       }
       if (p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels && !of_bias &&
           (policy == Conv2dPolicy::native || policy == Conv2dPolicy::depthwise)) {
         expect(plan.algorithm == Conv2dAlgorithm::depthwise, "depthwise layers are depthwise");
       }
-      if (p.groups == 1 && p.in_channels <= 4 && p.out_channels > 1 &&
-          policy == Conv2dPolicy::native && pass == Conv2dPass::forward) {
-        expect(plan.algorithm == Conv2dAlgorithm::direct, "first layers are direct");
-      }
     }
+  }
+}
+
+void check_block_plan(Random& random) {
+  Conv2dReluMaxPool2dProblem block;
+  block.conv = convolution_of_any_size(random);
+  const Conv2dProblem& p = block.conv;
+  if (!cuda::conv2d_not_native(p).empty() || p.batch == 0) return;
+  MaxPool2dProblem& pool = block.pool;
+  pool = {};
+  pool.batch = p.batch;
+  pool.channels = p.out_channels;
+  pool.in_height = p.out_height;
+  pool.in_width = p.out_width;
+  pool.kernel_height = pool.kernel_width = random.between(1, 4);
+  pool.pad_top = pool.pad_left = random.between(0, pool.kernel_width / 2);
+  pool.dilation_h = pool.dilation_w = 1;
+  pool.stride_h = pool.stride_w = random.chance(80) ? 2 : random.between(1, 3);
+  pool.dtype = p.dtype;
+  pool.layout = p.layout;
+  const auto windows = [&](int64_t size, int64_t& stride) {
+    const int64_t count = (size + 2 * pool.pad_top - pool.kernel_height) / stride + 1;
+    if (count == 1) stride = 1;  // as operators make it
+    return count;
+  };
+  if (p.out_height + 2 * pool.pad_top < pool.kernel_height ||
+      p.out_width + 2 * pool.pad_left < pool.kernel_width) {
+    return;
+  }
+  pool.out_height = windows(p.out_height, pool.stride_h);
+  pool.out_width = windows(p.out_width, pool.stride_w);
+  const int64_t alignment = int64_t{1} << random.between(element_size(p.dtype) == 8 ? 3 : 1, 4);
+  const DeviceLimits limits = any_device(random);
+  for (const Conv2dPolicy policy : kPolicies) {
+    set_context("plan of " + kernel_tests::describe(p) + " then " + kernel_tests::describe(pool) +
+                " by " + cuda::policy_name(policy));
+    const cuda::BlockPlan plan = cuda::plan_block(block, alignment, limits, policy);
+    const cuda::BlockPlan again = cuda::plan_block(block, alignment, limits, policy);
+    expect(plan.fused == again.fused && plan.reason == again.reason && same(plan.conv, again.conv),
+           "plans are pure");
+    expect(plan.fused == plan.reason.empty(), "there is a reason");
+    if (!plan.fused) continue;
+    expect(cuda::pools_in_block(pool), "blocks pool windows that they hold");
+    expect(plan.conv.algorithm == Conv2dAlgorithm::direct ||
+               plan.conv.algorithm == Conv2dAlgorithm::implicit_gemm,
+           "by kernels that pool");
+    check_pass_plan(p, plan.conv, cuda::forward_pass(p), &pool, alignment, limits);
+    const cuda::SourcePatch patch = cuda::make_source_patch(cuda::forward_pass(p), 256, &pool);
+    expect(patch.results > 0 && patch.results <= 256 && patch.tiles <= cuda::kMostBlocksX,
+           "a tile of the direct kernel");
   }
 }
 
@@ -432,7 +514,7 @@ void check_planned_conv2d(Random& random) {
   } while (p.batch == 0 || p.multiply_adds() > kMostProducts ||
            !cuda::conv2d_not_native(p).empty());
   p.relu = random.chance(40);
-  const Conv2dPolicy policy = kPolicies[random.between(1, 4)];
+  const Conv2dPolicy policy = kPolicies[random.between(1, 5)];
   const DeviceLimits limits = any_device(random);
   set_context(kernel_tests::describe(p) + " by " + cuda::policy_name(policy));
   const auto element = kernel_tests::element_of(p.dtype);

@@ -30,4 +30,11 @@ void for_each_schedule(const std::string& context, Body&& body) {
   cuda_emulator::schedule() = {};
 }
 
+inline void use_random_schedule(kernel_tests::Random& random) {
+  using Order = cuda_emulator::Schedule::Order;
+  constexpr Order kOrders[] = {Order::forward, Order::reverse, Order::shuffled};
+  cuda_emulator::schedule() = {kOrders[random.between(0, 2)],
+                               static_cast<uint32_t>(random.between(0, 1000))};
+}
+
 }  // namespace cuda_kernel_tests

@@ -1,6 +1,8 @@
 // Convolution of one channel a group, or few: forward, input gradient and weight gradient.
 //
-// There is next to nothing to sum over but the taps, so that memory is the limit. In planes (NCHW)
+// There is next to nothing to sum over but the taps, so that memory is the limit. The common kernels
+// have kernels of their own, which make tiles: depthwise_tiles.h. Those here are for all others:
+// groups of some channels, dilations, other kernels and strides, float64. In planes (NCHW)
 // a block has one result channel of a group: its weights lie in shared memory, its threads take
 // neighbouring pixels, and the taps that pixels share meet in the first-level cache. In NHWC, with
 // one channel a group, a thread has 16 bytes of channels of four neighbouring pixels: for each tap
@@ -8,8 +10,11 @@
 //
 // The weight gradient goes over the pixels once for each tap, from the caches after the first: a
 // sum for each tap would be as many registers. Parts of the pixels have totals of their own.
+#include <algorithm>
+
 #include "kernels/cuda/conv2d_kernels.h"
 #include "kernels/cuda/convolution_pass.cuh"
+#include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/elements.cuh"
 
 namespace cnnkernels::cuda {
@@ -192,24 +197,9 @@ Error launch_planes(ConvolutionPass& pass, const void* source, const void* weigh
                 relu);
 }
 
-template <class T>
-Error launch_channels(ConvolutionPass& pass, const void* source, const void* weight,
-                      const void* bias, void* result, bool relu, Stream stream) {
-  constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
-  LaunchGrid grid;
-  grid.block_x = static_cast<unsigned>(depthwise_block_vectors(pass, sizeof(T)));
-  grid.block_y = kDepthwiseThreads / grid.block_x;
-  grid.x = static_cast<unsigned>(number_tiles(pass, static_cast<int>(grid.block_y) * kPixels));
-  grid.y = static_cast<unsigned>(ceil_div(pass.groups, int64_t{grid.block_x} * kWidth));
-  return launch(channels_kernel<T, kWidth>, grid, 0, stream, pass, static_cast<const T*>(source),
-                static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(result),
-                relu);
-}
-
-}  // namespace
-
-// The widest that keeps the block's weights in shared memory, and half of its threads busy.
-int depthwise_block_vectors(const ConvolutionPass& pass, int64_t element_bytes) {
+// Vectors of channels of channels_kernel's block: the widest that keeps its weights in shared memory,
+// and half of its threads busy.
+int block_vectors(const ConvolutionPass& pass, int64_t element_bytes) {
   const int64_t width = kVectorBytes / element_bytes;
   int vectors = 32;
   while (vectors > 1 && (vectors * width * pass.kernel_taps() > kMostDepthwiseWeights ||
@@ -219,16 +209,44 @@ int depthwise_block_vectors(const ConvolutionPass& pass, int64_t element_bytes) 
   return vectors;
 }
 
-bool depthwise_channels_apply(const ConvolutionPass& pass, int64_t element_bytes,
-                              int64_t alignment) {
+template <class T>
+Error launch_channels(ConvolutionPass& pass, const void* source, const void* weight,
+                      const void* bias, void* result, bool relu, Stream stream) {
+  constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
+  LaunchGrid grid;
+  grid.block_x = static_cast<unsigned>(block_vectors(pass, sizeof(T)));
+  grid.block_y = kDepthwiseThreads / grid.block_x;
+  grid.x = static_cast<unsigned>(number_tiles(pass, static_cast<int>(grid.block_y) * kPixels));
+  grid.y = static_cast<unsigned>(ceil_div(pass.groups, int64_t{grid.block_x} * kWidth));
+  return launch(channels_kernel<T, kWidth>, grid, 0, stream, pass, static_cast<const T*>(source),
+                static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(result),
+                relu);
+}
+
+// Whether channels_kernel takes a pass.
+bool channels_apply(const ConvolutionPass& pass, int64_t element_bytes, int64_t alignment) {
   return pass.source_channels == 1 && pass.result_channels == 1 && pass.source_stride_c == 1 &&
          pass.source_stride_w == pass.groups && pass.groups * element_bytes % kVectorBytes == 0 &&
          alignment % kVectorBytes == 0 &&
          kVectorBytes / element_bytes * pass.kernel_taps() <= kMostDepthwiseWeights;
 }
 
-Error depthwise_pass(DType dtype, ConvolutionPass pass, bool channels, const void* source,
-                     const void* weight, const void* bias, void* result, bool relu, Stream stream) {
+// Of two addresses, in bytes, but for what no access needs.
+int64_t common_alignment(const void* a, const void* b) {
+  const uintptr_t bits =
+      reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | kVectorBytes;
+  return static_cast<int64_t>(bits & (~bits + 1));
+}
+
+}  // namespace
+
+Error depthwise_pass(DType dtype, ConvolutionPass pass, const void* source, const void* weight,
+                     const void* bias, void* result, bool relu, Stream stream) {
+  const int64_t alignment = common_alignment(source, result);
+  if (const auto tiles = depthwise_tiles(pass, dtype, alignment)) {
+    return depthwise_tiles_pass(dtype, *tiles, source, weight, bias, result, relu, stream);
+  }
+  const bool channels = channels_apply(pass, element_size(dtype), alignment);
   Error error = kSuccess;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -238,9 +256,29 @@ Error depthwise_pass(DType dtype, ConvolutionPass pass, bool channels, const voi
   return error;
 }
 
+int depthwise_weight_parts(DType dtype, const ConvolutionPass& pass, int multiprocessors) {
+  constexpr int64_t kBlocks = 6;         // of a multiprocessor
+  constexpr int64_t kThreadPixels = 64;  // a tile of most kernels
+  const int64_t channels = int64_t{pass.groups} * pass.result_channels * pass.source_channels;
+  const int64_t pixels = int64_t{pass.images} * pass.phases[0].rows * pass.phases[0].columns;
+  int64_t blocks = channels, block_pixels = kDepthwiseThreads * kThreadPixels;
+  const auto tiles = depthwise_tiles(pass, dtype, kVectorBytes);
+  if (tiles && tiles->channels_last) {
+    const int64_t vectors = channels / depthwise_vector_channels(tiles->kernel, element_size(dtype));
+    const int64_t lanes = depthwise_lanes(static_cast<int>(vectors));
+    blocks = ceil_div(vectors, lanes);
+    block_pixels = kTileThreads / lanes * kThreadPixels;
+  }
+  const int64_t wanted = ceil_div(kBlocks * multiprocessors, blocks);
+  return static_cast<int>(std::max(int64_t{1}, std::min(wanted, pixels / block_pixels)));
+}
+
 Error depthwise_weight_totals(DType dtype, const ConvolutionPass& pass, int parts,
                               const void* gradient, const void* source, void* totals,
                               Stream stream) {
+  if (const auto tiles = depthwise_tiles(pass, dtype, common_alignment(source, gradient))) {
+    return depthwise_tiles_weight_totals(dtype, *tiles, parts, gradient, source, totals, stream);
+  }
   Error error = kSuccess;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);

@@ -1,4 +1,5 @@
 // Direct convolution, forward and input gradient: first layers, and what tensor cores do not take.
+// With pooling, the fused block.
 //
 // A thread sums kPixels pixels of kChannels result channels in registers. Weights lie in shared
 // memory in the type of the sums, [tap, source channel][result channel], so that all threads of a
@@ -6,10 +7,10 @@
 // such reads and two elements of the source. A first layer's filter fits whole; a deeper one comes
 // in slices. The source is read where it lies: the threads of a warp take neighbouring pixels, and
 // the taps of a pixel meet those of its neighbours in the first-level cache. Bias and ReLU are
-// applied to the sums.
+// applied to the sums, which go out from registers. To be pooled they meet in shared memory first,
+// where the weights were: then a block's pixels are a tile of whole windows (tile_results.cuh).
 #include "kernels/cuda/conv2d_kernels.h"
-#include "kernels/cuda/convolution_pass.cuh"
-#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/tile_results.cuh"
 
 namespace cnnkernels::cuda {
 namespace {
@@ -20,26 +21,50 @@ constexpr int kPixels = 2;
 constexpr int kTilePixels = kPixels * kDirectThreads;
 constexpr int kSliceBytes = 32 * 1024;
 
-template <class T, int kChannels>
+// Result number `local` of a tile, as a position of the pass.
+__device__ inline PassPosition tile_position(const ConvolutionPass& pass, const SourcePatch& patch,
+                                             const PatchTile& tile, int local) {
+  const TileResult result = tile_result(pass, patch, tile, local);
+  PassPosition at;
+  at.exists = result.exists;
+  at.row = (tile.row + result.row) * pass.source_step_h;
+  at.column = (tile.column + result.column) * pass.source_step_w;
+  at.source = (tile.image + result.image) * pass.source_stride_n;
+  at.result = 0;  // it is pooled first
+  return at;
+}
+
+// The patch tells the tiles of a pooled pass, and is not used otherwise.
+template <class T, int kChannels, bool kPooled>
 __global__ void __launch_bounds__(kDirectThreads, kDirectBlocks)
-    direct_kernel(const __grid_constant__ ConvolutionPass pass, const T* source, const T* weight,
-                  const T* bias, T* result, bool relu) {
+    direct_kernel(const __grid_constant__ ConvolutionPass pass,
+                  const __grid_constant__ SourcePatch patch, const T* source, const T* weight,
+                  ResultTarget<T> target, BlockPool pool) {
   using A = Accumulator<T>;
+  using Staged = StagedTile<T, kTilePixels, kChannels>;
   constexpr int kSlice = kSliceBytes / (kChannels * static_cast<int>(sizeof(A)));
-  CNNK_SHARED(A, weights, kSlice * kChannels);
+  constexpr int kStagedSums =
+      kPooled ? Staged::kElements * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(A)) : 0;
+  constexpr int kShared = kSlice * kChannels > kStagedSums ? kSlice * kChannels : kStagedSums;
+  CNNK_SHARED(A, weights, kShared);
   const int thread = static_cast<int>(threadIdx.x);
   const int group = static_cast<int>(blockIdx.z);
   const int first_channel = static_cast<int>(blockIdx.y) * kChannels;
   const int channels = pass.result_channels - first_channel < kChannels
                            ? pass.result_channels - first_channel
                            : kChannels;
-  const PassPhase& phase = phase_of_tile(pass, static_cast<int>(blockIdx.x));
-  const int first_position = (static_cast<int>(blockIdx.x) - phase.first_tile) * kTilePixels;
+  const int block = static_cast<int>(blockIdx.x);
+  PatchTile tile = {};
+  if constexpr (kPooled) tile = patch_tile(pass, patch, block);
+  const PassPhase& phase = kPooled ? pass.phases[0] : phase_of_tile(pass, block);
+  const int first_position = (block - phase.first_tile) * kTilePixels;
   PassPosition at[kPixels];
   A sums[kPixels][kChannels];
 #pragma unroll
   for (int u = 0; u < kPixels; ++u) {
-    at[u] = pass_position(pass, phase, first_position + u * kDirectThreads + thread);
+    const int local = u * kDirectThreads + thread;
+    at[u] = kPooled ? tile_position(pass, patch, tile, local)
+                    : pass_position(pass, phase, first_position + local);
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) sums[u][k] = 0;
   }
@@ -90,46 +115,102 @@ __global__ void __launch_bounds__(kDirectThreads, kDirectBlocks)
   }
 
   const int channel0 = group * pass.result_channels + first_channel;
+  if constexpr (kPooled) {
+    const Staged staged = {reinterpret_cast<T*>(weights), pass.result_stride_c != 1};
+    __syncthreads();  // the last slice is multiplied
+#pragma unroll
+    for (int u = 0; u < kPixels; ++u) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) {
+        if (k >= channels) break;
+        staged.elements[staged.at(u * kDirectThreads + thread, k)] =
+            finished_sum(target, sums[u][k], channel0 + k);
+      }
+    }
+    __syncthreads();  // all results are staged
+    pool_tile<kDirectThreads>(pass, patch, tile, staged, target, pool, channel0, channels);
+    return;
+  }
+  constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 #pragma unroll
   for (int u = 0; u < kPixels; ++u) {
     if (!at[u].exists) continue;
-    T* const pixel = result + at[u].result + channel0 * pass.result_stride_c;
+    T* const pixel = target.result + at[u].result + channel0 * pass.result_stride_c;
+    if (target.vectors) {
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      if (k >= channels) break;
-      A sum = sums[u][k];
-      if (bias != nullptr) sum += to_accumulator(bias[channel0 + k]);
-      if (relu) sum = sum < A{0} ? A{0} : sum;  // and NaN stays
-      pixel[k * pass.result_stride_c] = from_accumulator<T>(sum);
+      for (int k = 0; k < kChannels; k += kWidth) {
+        if (k >= channels) break;
+        Vector<T, kWidth> values;
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) {
+          values[v] = finished_sum(target, sums[u][k + v], channel0 + k + v);
+        }
+        store_vector<kWidth>(pixel + k, values);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) {
+        if (k >= channels) break;
+        pixel[k * pass.result_stride_c] = finished_sum(target, sums[u][k], channel0 + k);
+      }
     }
   }
 }
 
+struct DirectCall {
+  ConvolutionPass& pass;
+  const SourcePatch& patch;
+  const void* source;
+  const void* weight;
+  const void* bias;
+  void* result;
+  bool relu, vectors;
+  const BlockPool* pool;  // or null
+  Stream stream;
+};
+
 template <class T, int kChannels>
-Error launch_direct(ConvolutionPass& pass, const void* source, const void* weight, const void* bias,
-                    void* result, bool relu, Stream stream) {
+Error launch_direct(const DirectCall& call) {
+  ConvolutionPass& pass = call.pass;
+  const bool pooled = call.pool != nullptr;
   LaunchGrid grid;
-  grid.x = static_cast<unsigned>(number_tiles(pass, kTilePixels));
+  grid.x = static_cast<unsigned>(pooled ? call.patch.tiles : number_tiles(pass, kTilePixels));
   grid.y = static_cast<unsigned>(ceil_div(pass.result_channels, kChannels));
   grid.z = static_cast<unsigned>(pass.groups);
   grid.block_x = kDirectThreads;
-  return launch(direct_kernel<T, kChannels>, grid, 0, stream, pass, static_cast<const T*>(source),
-                static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(result),
-                relu);
+  const ResultTarget<T> target = {static_cast<T*>(call.result), static_cast<const T*>(call.bias),
+                                  call.relu, call.vectors};
+  const auto kernel =
+      pooled ? direct_kernel<T, kChannels, true> : direct_kernel<T, kChannels, false>;
+  return launch(kernel, grid, 0, call.stream, pass, call.patch, static_cast<const T*>(call.source),
+                static_cast<const T*>(call.weight), target, pooled ? *call.pool : BlockPool{});
 }
 
 }  // namespace
 
 Error direct_pass(DType dtype, ConvolutionPass pass, const void* source, const void* weight,
-                  const void* bias, void* result, bool relu, Stream stream) {
+                  const void* bias, void* result, bool relu, int64_t alignment,
+                  const MaxPool2dProblem* pool, void* argmax, Stream stream) {
+  const int64_t width = kVectorBytes / element_size(dtype);
+  const bool vectors = alignment % kVectorBytes == 0 && pass.result_stride_c == 1 &&
+                       pass.result_channels % width == 0 && pass.result_stride_w % width == 0;
+  SourcePatch patch = {};
+  BlockPool pooled = {};
+  if (pool != nullptr) {
+    patch = make_source_patch(pass, kTilePixels, pool);
+    pooled = block_pool(*pool, argmax);
+    store_pooled(pass, *pool);
+  }
+  const DirectCall call = {pass,   patch,   source,
+                           weight, bias,    result,
+                           relu,   vectors, pool != nullptr ? &pooled : nullptr,
+                           stream};
   Error error = kSuccess;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     // Sixteen doubles of two pixels are more registers than a thread has.
     constexpr int kMany = sizeof(T) == 8 ? 8 : 16;
-    error = pass.result_channels <= 8
-                ? launch_direct<T, 8>(pass, source, weight, bias, result, relu, stream)
-                : launch_direct<T, kMany>(pass, source, weight, bias, result, relu, stream);
+    error = pass.result_channels <= 8 ? launch_direct<T, 8>(call) : launch_direct<T, kMany>(call);
   });
   return error;
 }

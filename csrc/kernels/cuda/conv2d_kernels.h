@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/convolution_pass.h"
+#include "kernels/max_pool2d.h"
 
 namespace cnnkernels::cuda {
 
@@ -16,26 +17,53 @@ enum class TensorProducts : uint8_t {
 // their number.
 int64_t number_tiles(ConvolutionPass& pass, int pixels);
 
-// bias may be null; `relu` clips what is stored.
+// bias may be null; `relu` clips what is stored; alignment: bytes of which the result's address is
+// a multiple. With a pool, one that pools_in_block, the pooled results are stored, and their
+// winners in argmax, which may be null.
 Error direct_pass(DType dtype, ConvolutionPass pass, const void* source, const void* weight,
-                  const void* bias, void* result, bool relu, Stream stream);
+                  const void* bias, void* result, bool relu, int64_t alignment,
+                  const MaxPool2dProblem* pool, void* argmax, Stream stream);
 
 // How the implicit matrix product goes.
 struct GemmChoice {
-  int tile;         // 128 or 64
-  bool contiguous;  // chunks_are_contiguous
+  int rows, columns;  // of a tile: 64 x 64, 128 x 64 or 128 x 128
   TensorProducts products;
+  bool contiguous;     // every 16 bytes of a source pixel's channels lie in one piece
+  bool aligned;        // to 16 bytes: the result
+  bool packs_weights;  // the weights' do not lie so
 };
 
-// Whether every 16 bytes of a pixel's channels lie in one piece, and aligned.
-bool chunks_are_contiguous(const ConvolutionPass& pass, int64_t element_bytes, int64_t alignment);
+// The choices that follow from where tensors lie; alignment: bytes of which all tensors' addresses
+// are multiples.
+GemmChoice make_gemm_choice(const ConvolutionPass& pass, DType dtype, int rows, int columns,
+                            TensorProducts products, int64_t alignment);
 
+// The weights as [group][result channel][tap][source channel], with zeros behind the last channel
+// up to 16 bytes, and how many bytes that takes. Not of float64.
 int64_t packed_weight_bytes(const ConvolutionPass& pass, int64_t element_bytes);
+Error pack_weights(DType dtype, const ConvolutionPass& pass, const void* weight, void* packed,
+                   Stream stream);
 
-// Not of float64. workspace has packed_weight_bytes.
+// What a block takes of shared memory: more than any device has where offsets exceed 32 bits. The
+// pool may be null.
+int64_t gemm_shared_bytes(ConvolutionPass pass, DType dtype, const GemmChoice& choice,
+                          const MaxPool2dProblem* pool);
+
+// Not of float64. bias may be null. With a pool, one that pools_in_block, the pooled results are
+// stored, and their winners in argmax, which may be null. The workspace has packed_weight_bytes if
+// the choice packs weights.
 Error implicit_gemm_pass(DType dtype, const GemmChoice& choice, ConvolutionPass pass,
                          const void* source, const void* weight, const void* bias, void* result,
-                         bool relu, void* workspace, Stream stream);
+                         bool relu, const MaxPool2dProblem* pool, void* argmax, void* workspace,
+                         Stream stream);
+
+// By warpgroup products of sm_90a: whether they take a pass, whose source has this alignment. Code
+// for other architectures lacks the kernel, and a launch of it is an error.
+bool wgmma_applies(const ConvolutionPass& pass, DType dtype, int64_t alignment,
+                   const DeviceLimits& limits);
+// workspace has packed_weight_bytes.
+Error wgmma_pass(DType dtype, const ConvolutionPass& pass, const void* source, const void* weight,
+                 const void* bias, void* result, bool relu, void* workspace, Stream stream);
 
 // The weight's gradient, of the forward pass: `parts` of the output pixels have totals of their own
 // in the workspace, weight_total_bytes in all.
@@ -52,13 +80,11 @@ Error weight_gradient_plain(DType dtype, const ConvolutionPass& pass, int parts,
 
 // Of few channels a group: the weights of a result channel, and of a block, fit in shared memory.
 constexpr int kMostDepthwiseWeights = 4096;
-// Whether the kernel of NHWC takes a pass.
-bool depthwise_channels_apply(const ConvolutionPass& pass, int64_t element_bytes,
-                              int64_t alignment);
-// Vectors of channels of its block.
-int depthwise_block_vectors(const ConvolutionPass& pass, int64_t element_bytes);
-Error depthwise_pass(DType dtype, ConvolutionPass pass, bool channels, const void* source,
-                     const void* weight, const void* bias, void* result, bool relu, Stream stream);
+// How they read is chosen by the tensors' addresses.
+Error depthwise_pass(DType dtype, ConvolutionPass pass, const void* source, const void* weight,
+                     const void* bias, void* result, bool relu, Stream stream);
+// Parts that give each multiprocessor some blocks, of enough pixels to be worth their reduction.
+int depthwise_weight_parts(DType dtype, const ConvolutionPass& pass, int multiprocessors);
 Error depthwise_weight_gradient(DType dtype, const ConvolutionPass& pass, int parts,
                                 const void* gradient, const void* source, void* grad_weight,
                                 void* workspace, Stream stream);

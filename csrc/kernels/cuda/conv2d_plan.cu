@@ -9,8 +9,10 @@
 // compared with that kernel's where both were measured, and leaves the pass to torch where torch
 // was clearly faster.
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/cuda/conv2d.h"
+#include "kernels/cuda/source_patch.h"
 
 namespace cnnkernels::cuda {
 namespace {
@@ -88,34 +90,50 @@ double multiply_add_rate(const Conv2dProblem& p, const DeviceLimits& limits) {
   return capability <= 80 ? 64 : 128;
 }
 
-double tensor_rate(const Conv2dProblem& p, const DeviceLimits& limits) {
+// Of 16-bit types, in whatever instructions.
+double full_tensor_rate(const DeviceLimits& limits) {
   const int capability = limits.compute_capability;
-  // Of 16-bit types, through mma.sync.
-  const double rate = capability == 80 || (capability >= 90 && capability < 120) ? 1024 : 512;
+  return capability >= 90 && capability < 120 ? 2048 : capability == 80 ? 1024 : 512;
+}
+
+double torch_tensor_rate(const Conv2dProblem& p, const DeviceLimits& limits) {
+  return full_tensor_rate(limits) / (p.dtype == DType::float32 ? 2 : 1);
+}
+
+double tensor_rate(const Conv2dProblem& p, const DeviceLimits& limits) {
+  // mma.sync gets about 63% of Hopper's rate.
+  const int capability = limits.compute_capability;
+  const double rate = full_tensor_rate(limits) * (capability >= 90 && capability < 120 ? 0.63 : 1);
   if (p.dtype != DType::float32) return rate;
   return products_of(p) == TensorProducts::tf32 ? rate / 2 : rate / 6;
 }
 
 // What kernels reach of these rates.
 constexpr double kDirectShare = 0.5;
-constexpr double kPlanesShare = 0.2;  // of depthwise: one load a product
 constexpr double kPlainShare = 0.15;
-constexpr double kGemmShare = 0.5;
-constexpr double kSmallTileShare = 0.35;  // of tiles of 64, which read twice as much a product
-constexpr double kGatheredShare = 0.6;    // of that, where channels do not lie together
+constexpr double kWeightShare = 0.4;  // of the weight gradient on tensor cores
+// Of channels that do not lie together: they come through registers, once for all taps of a patch.
+constexpr double kGatheredShare = 0.9, kGatheredPointwiseShare = 0.7;
 
-double gemm_rate(const Conv2dProblem& p, const DeviceLimits& limits, int tile) {
-  const double share = (tile == 128 ? kGemmShare : kSmallTileShare) *
-                       (p.layout == Layout::nhwc ? 1 : kGatheredShare);
-  return share * tensor_rate(p, limits);
+struct GemmTile {
+  int rows, columns;
+  double share;  // larger tiles read less of shared memory for a product
+};
+constexpr GemmTile kGemmTiles[] = {{64, 64, 0.35}, {128, 64, 0.5}, {128, 128, 0.6}};
+
+// What a launch costs a device that has nothing else to do.
+constexpr double kLaunchCycles = 2500;
+
+double gemm_share(const Conv2dProblem& p) {
+  if (p.layout == Layout::nhwc) return 1;
+  return p.kernel_height * p.kernel_width > 1 ? kGatheredShare : kGatheredPointwiseShare;
 }
 
-// Blocks of so many products each, in waves.
+// Blocks of so many products each. A multiprocessor with one or two of them waits for their loads.
 double product_cycles(double blocks, double products, double rate, const DeviceLimits& limits) {
-  const double multiprocessors = std::max(1, limits.multiprocessors);
-  const double waves = static_cast<double>(
-      ceil_div(static_cast<int64_t>(blocks), static_cast<int64_t>(multiprocessors)));
-  return waves * products / rate;
+  const double each = std::ceil(blocks / std::max(1, limits.multiprocessors));
+  const double waiting = each <= 1 ? 1.6 : each <= 2 ? 1.2 : 1;
+  return each * waiting * products / rate;
 }
 
 double byte_cycles(double bytes, const DeviceLimits& limits) {
@@ -130,94 +148,104 @@ double direct_cycles(const Conv2dProblem& p, const PassShape& shape, const Devic
   const double blocks = blocks_of(shape.pixels, tile) * blocks_of(shape.columns, columns) *
                         static_cast<double>(shape.groups);
   const double products = static_cast<double>(tile * columns * shape.channels) * shape.taps;
-  return std::max(
-      product_cycles(blocks, products, kDirectShare * multiply_add_rate(p, limits), limits),
-      byte_cycles(shape.bytes, limits));
+  return kLaunchCycles +
+         std::max(
+             product_cycles(blocks, products, kDirectShare * multiply_add_rate(p, limits), limits),
+             byte_cycles(shape.bytes, limits));
 }
 
-double depthwise_cycles(const Conv2dProblem& p, const PassShape& shape,
-                        const DeviceLimits& limits) {
-  const int64_t tile = 1024;
-  const double blocks =
-      blocks_of(shape.pixels, tile) * static_cast<double>(shape.columns * shape.groups);
-  const double products = static_cast<double>(tile * shape.channels) * shape.taps;
-  return std::max(
-      product_cycles(blocks, products, kPlanesShare * multiply_add_rate(p, limits), limits),
-      byte_cycles(shape.bytes, limits));
-}
-
+// Products are of two chunks of channels at a time.
 int64_t filled_up(const Conv2dProblem& p, int64_t channels) {
-  return round_up(channels, kVectorBytes / element_size(p.dtype));
+  return round_up(channels, 2 * kVectorBytes / element_size(p.dtype));
 }
 
 double gemm_cycles(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits,
-                   int tile) {
-  constexpr double kPackingCycles = 3000;  // a launch of its own packs the weights
-  const double blocks = blocks_of(shape.pixels, tile) * blocks_of(shape.columns, tile) *
-                        static_cast<double>(shape.groups);
+                   const GemmTile& tile) {
+  const double blocks = blocks_of(shape.pixels, tile.rows) *
+                        blocks_of(shape.columns, tile.columns) * static_cast<double>(shape.groups);
   const double products =
-      static_cast<double>(int64_t{tile} * tile * filled_up(p, shape.channels)) * shape.taps;
-  return kPackingCycles +
-         std::max(product_cycles(blocks, products, gemm_rate(p, limits, tile), limits),
-                  byte_cycles(shape.bytes, limits));
+      static_cast<double>(int64_t{tile.rows} * tile.columns * filled_up(p, shape.channels)) *
+      shape.taps;
+  const double rate = tile.share * gemm_share(p) * tensor_rate(p, limits);
+  // Weights that do not lie as they are read are packed by a launch of their own.
+  const int launches = p.layout == Layout::nhwc ? 1 : 2;
+  return launches * kLaunchCycles +
+         std::max(product_cycles(blocks, products, rate, limits), byte_cycles(shape.bytes, limits));
 }
 
-int gemm_tile(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits) {
-  return gemm_cycles(p, shape, limits, 64) < gemm_cycles(p, shape, limits, 128) ? 64 : 128;
+// The sums and parts of 128 x 128 results are more registers than a thread has.
+GemmTile gemm_tile(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits) {
+  const bool parts = p.dtype == DType::float32 && products_of(p) == TensorProducts::exact_parts;
+  GemmTile best = kGemmTiles[0];
+  for (const GemmTile& tile : kGemmTiles) {
+    if (parts && tile.columns > 64) continue;
+    if (gemm_cycles(p, shape, limits, tile) < gemm_cycles(p, shape, limits, best)) best = tile;
+  }
+  return best;
 }
 
-// The weight gradient: output channels by weights of one, in tiles, over all pixels. Parts of the
-// pixels fill the device, so that there are no waves.
-int64_t weight_columns(const Conv2dProblem& p) {
-  return p.in_channels / p.groups * p.kernel_height * p.kernel_width;
-}
-double weight_cycles(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits,
-                     int tile, double rate) {
-  const double blocks = blocks_of(shape.columns, tile) * blocks_of(weight_columns(p), tile) *
-                        static_cast<double>(shape.groups);
-  const double products = blocks * tile * tile * static_cast<double>(shape.pixels);
-  return products / rate / std::max(1, limits.multiprocessors);
+// Bound by its bytes.
+double depthwise_cycles(const PassShape& shape, const DeviceLimits& limits) {
+  constexpr double kShare = 0.7;  // of the bandwidth
+  return kLaunchCycles + byte_cycles(shape.bytes, limits) / kShare;
 }
 
-constexpr int kPlainTile = 32;
+// The weight gradient: output channels by weights of one, over all pixels. Parts of the pixels fill
+// the device, so that there are no waves; a second launch adds them up.
+double weight_cycles(const PassShape& shape, const DeviceLimits& limits, int64_t row_tile,
+                     int64_t channel_tile, double rate) {
+  const double products = static_cast<double>(round_up(shape.columns, row_tile)) *
+                          static_cast<double>(round_up(shape.channels, channel_tile)) * shape.taps *
+                          static_cast<double>(shape.pixels * shape.groups);
+  return 2 * kLaunchCycles + std::max(products / rate / std::max(1, limits.multiprocessors),
+                                      byte_cycles(shape.bytes, limits));
+}
+
 double weight_plain_cycles(const Conv2dProblem& p, const PassShape& shape,
                            const DeviceLimits& limits) {
-  return weight_cycles(p, shape, limits, kPlainTile, kPlainShare * multiply_add_rate(p, limits));
+  return weight_cycles(shape, limits, 32, 1, kPlainShare * multiply_add_rate(p, limits));
 }
 
 double weight_gemm_cycles(const Conv2dProblem& p, const PassShape& shape,
-                          const DeviceLimits& limits, int tile) {
-  return weight_cycles(p, shape, limits, tile, gemm_rate(p, limits, tile));
+                          const DeviceLimits& limits) {
+  return weight_cycles(shape, limits, 32, 8, kWeightShare * gemm_share(p) * tensor_rate(p, limits));
 }
 
-int weight_gemm_tile(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits) {
-  return weight_gemm_cycles(p, shape, limits, 64) < weight_gemm_cycles(p, shape, limits, 128) ? 64
-                                                                                              : 128;
-}
+// ---- What torch takes.
 
-// Once over the pixels for each tap.
-double weight_depthwise_cycles(const Conv2dProblem& p, const PassShape& shape,
-                               const DeviceLimits& limits) {
-  const double products = static_cast<double>(shape.pixels) *
-                          static_cast<double>(shape.groups * shape.columns * shape.channels) *
-                          shape.taps;
-  return products / (kPlanesShare * multiply_add_rate(p, limits)) /
-         std::max(1, limits.multiprocessors);
+// Its kernels read NHWC; in NCHW, and where they use tensor cores, source and result are copied
+// before and behind, and a bias is an addition of its own. On an H100 these two took twice and
+// three times as long as their bytes.
+double torch_cycles(const Conv2dProblem& p, const PassShape& shape, Conv2dPass pass,
+                    Conv2dAlgorithm algorithm, const DeviceLimits& limits) {
+  constexpr double kTensorShare = 0.35, kMultiplyAddShare = 0.7, kDepthwiseShare = 0.5;
+  constexpr double kCopyShare = 0.5, kBiasShare = 0.4;
+  const bool tensor_cores = p.dtype != DType::float64 &&
+                            (p.dtype != DType::float32 || products_of(p) == TensorProducts::tf32);
+  const double bytes = byte_cycles(shape.bytes, limits);
+  double cycles = kLaunchCycles;
+  if (algorithm == Conv2dAlgorithm::depthwise) {
+    cycles += bytes / kDepthwiseShare;
+  } else {
+    const double products = static_cast<double>(shape.pixels * shape.columns) *
+                            static_cast<double>(shape.channels * shape.groups) * shape.taps;
+    const double rate = tensor_cores ? kTensorShare * torch_tensor_rate(p, limits)
+                                     : kMultiplyAddShare * multiply_add_rate(p, limits);
+    cycles += std::max(products / rate / std::max(1, limits.multiprocessors), bytes);
+    if (tensor_cores && p.layout == Layout::nchw)
+      cycles += 2 * (kLaunchCycles + bytes / kCopyShare);
+  }
+  if (pass == Conv2dPass::forward) {
+    const double result = static_cast<double>(shape.pixels * shape.columns * shape.groups) *
+                          static_cast<double>(element_size(p.dtype));
+    cycles += kLaunchCycles + byte_cycles(2 * result, limits) / kBiasShare;
+  }
+  return cycles;
 }
 
 // ---- What was measured.
 
-// What the table tells apart.
-enum class ShapeClass : uint8_t {
-  first_layer,
-  stem,  // a first layer of 7x7 or more
-  dense,
-  pointwise,  // 1x1
-  depthwise,
-  depthwise_strided,
-  unmeasured,
-};
-
+enum class ShapeClass : uint8_t { first_layer, other };
 enum class Precision : uint8_t { half, tf32, full };  // 16-bit types; float32 in either way
 
 struct Measurement {
@@ -225,221 +253,101 @@ struct Measurement {
   Precision precision;
   Layout layout;
   Conv2dPass pass;
+  Conv2dAlgorithm algorithm;
   float ratio;  // torch's time over the kernel's
 };
 
-// Of one H200, cuDNN 9.19 with benchmark=True; a range is one number in its middle. A class without
-// a row is the kernels'. The kernels of a class are those that native_algorithm names for it.
-constexpr Layout kNchw = Layout::nchw, kNhwc = Layout::nhwc;
-constexpr Conv2dPass kForward = Conv2dPass::forward, kInput = Conv2dPass::input_gradient,
-                     kWeight = Conv2dPass::weight_gradient;
+// Of one H200, cuDNN 9.19 with benchmark=True. What has no row here goes by the estimates: the
+// kernels have changed since they were measured.
 constexpr Measurement kMeasured[] = {
-    {ShapeClass::first_layer, Precision::half, kNchw, kForward, 1.5f},
-    {ShapeClass::first_layer, Precision::half, kNhwc, kForward, 0.5f},
-    {ShapeClass::first_layer, Precision::tf32, kNhwc, kForward, 0.5f},
-    {ShapeClass::first_layer, Precision::full, kNchw, kForward, 1.5f},
-    {ShapeClass::first_layer, Precision::full, kNhwc, kForward, 0.6f},
-    {ShapeClass::first_layer, Precision::half, kNchw, kWeight, 0.2f},
-    {ShapeClass::first_layer, Precision::half, kNhwc, kWeight, 0.2f},
-    {ShapeClass::first_layer, Precision::tf32, kNchw, kWeight, 0.2f},
-    {ShapeClass::first_layer, Precision::tf32, kNhwc, kWeight, 0.2f},
-    {ShapeClass::first_layer, Precision::full, kNchw, kWeight, 0.5f},
-    {ShapeClass::first_layer, Precision::full, kNhwc, kWeight, 0.5f},
-
-    {ShapeClass::stem, Precision::half, kNchw, kForward, 0.56f},
-    {ShapeClass::stem, Precision::half, kNhwc, kForward, 0.5f},
-    {ShapeClass::stem, Precision::tf32, kNhwc, kForward, 0.5f},
-    {ShapeClass::stem, Precision::full, kNchw, kForward, 0.97f},
-    {ShapeClass::stem, Precision::full, kNhwc, kForward, 0.6f},
-    {ShapeClass::stem, Precision::half, kNchw, kWeight, 0.2f},
-    {ShapeClass::stem, Precision::half, kNhwc, kWeight, 0.2f},
-    {ShapeClass::stem, Precision::tf32, kNchw, kWeight, 0.2f},
-    {ShapeClass::stem, Precision::tf32, kNhwc, kWeight, 0.2f},
-    {ShapeClass::stem, Precision::full, kNchw, kWeight, 0.5f},
-    {ShapeClass::stem, Precision::full, kNhwc, kWeight, 0.5f},
-
-    {ShapeClass::dense, Precision::half, kNchw, kForward, 0.4f},
-    {ShapeClass::dense, Precision::half, kNhwc, kForward, 0.4f},
-    {ShapeClass::dense, Precision::tf32, kNchw, kForward, 0.4f},
-    {ShapeClass::dense, Precision::tf32, kNhwc, kForward, 0.4f},
-    {ShapeClass::dense, Precision::full, kNchw, kForward, 1.0f},
-    {ShapeClass::dense, Precision::full, kNhwc, kForward, 1.6f},
-    {ShapeClass::dense, Precision::half, kNchw, kInput, 0.4f},
-    {ShapeClass::dense, Precision::half, kNhwc, kInput, 0.4f},
-    {ShapeClass::dense, Precision::tf32, kNchw, kInput, 0.4f},
-    {ShapeClass::dense, Precision::tf32, kNhwc, kInput, 0.4f},
-    {ShapeClass::dense, Precision::full, kNchw, kInput, 1.0f},
-    {ShapeClass::dense, Precision::full, kNhwc, kInput, 1.2f},
-    {ShapeClass::dense, Precision::half, kNchw, kWeight, 0.2f},
-    {ShapeClass::dense, Precision::half, kNhwc, kWeight, 0.2f},
-    {ShapeClass::dense, Precision::tf32, kNchw, kWeight, 0.2f},
-    {ShapeClass::dense, Precision::tf32, kNhwc, kWeight, 0.2f},
-    {ShapeClass::dense, Precision::full, kNchw, kWeight, 0.5f},
-    {ShapeClass::dense, Precision::full, kNhwc, kWeight, 0.5f},
-
-    {ShapeClass::pointwise, Precision::half, kNchw, kForward, 0.92f},
-    {ShapeClass::pointwise, Precision::half, kNhwc, kForward, 1.05f},
-    {ShapeClass::pointwise, Precision::tf32, kNchw, kForward, 0.92f},
-    {ShapeClass::pointwise, Precision::tf32, kNhwc, kForward, 1.05f},
-    {ShapeClass::pointwise, Precision::full, kNchw, kForward, 1.0f},
-    {ShapeClass::pointwise, Precision::full, kNhwc, kForward, 1.6f},
-    {ShapeClass::pointwise, Precision::half, kNchw, kInput, 0.92f},
-    {ShapeClass::pointwise, Precision::half, kNhwc, kInput, 1.05f},
-    {ShapeClass::pointwise, Precision::tf32, kNchw, kInput, 0.92f},
-    {ShapeClass::pointwise, Precision::tf32, kNhwc, kInput, 1.05f},
-    {ShapeClass::pointwise, Precision::full, kNchw, kInput, 1.0f},
-    {ShapeClass::pointwise, Precision::full, kNhwc, kInput, 1.2f},
-    {ShapeClass::pointwise, Precision::half, kNchw, kWeight, 0.2f},
-    {ShapeClass::pointwise, Precision::half, kNhwc, kWeight, 0.2f},
-    {ShapeClass::pointwise, Precision::tf32, kNchw, kWeight, 0.2f},
-    {ShapeClass::pointwise, Precision::tf32, kNhwc, kWeight, 0.2f},
-    {ShapeClass::pointwise, Precision::full, kNchw, kWeight, 0.5f},
-    {ShapeClass::pointwise, Precision::full, kNhwc, kWeight, 0.5f},
-
-    {ShapeClass::depthwise, Precision::half, kNchw, kForward, 0.45f},
-    {ShapeClass::depthwise, Precision::half, kNhwc, kForward, 0.7f},
-    {ShapeClass::depthwise, Precision::tf32, kNchw, kForward, 0.45f},
-    {ShapeClass::depthwise, Precision::tf32, kNhwc, kForward, 0.7f},
-    {ShapeClass::depthwise, Precision::full, kNchw, kForward, 0.45f},
-    {ShapeClass::depthwise, Precision::full, kNhwc, kForward, 0.7f},
-    {ShapeClass::depthwise, Precision::half, kNchw, kInput, 0.45f},
-    {ShapeClass::depthwise, Precision::half, kNhwc, kInput, 0.7f},
-    {ShapeClass::depthwise, Precision::tf32, kNchw, kInput, 0.45f},
-    {ShapeClass::depthwise, Precision::tf32, kNhwc, kInput, 0.7f},
-    {ShapeClass::depthwise, Precision::full, kNchw, kInput, 0.45f},
-    {ShapeClass::depthwise, Precision::full, kNhwc, kInput, 0.7f},
-    {ShapeClass::depthwise, Precision::half, kNchw, kWeight, 0.1f},
-    {ShapeClass::depthwise, Precision::half, kNhwc, kWeight, 0.1f},
-    {ShapeClass::depthwise, Precision::tf32, kNchw, kWeight, 0.1f},
-    {ShapeClass::depthwise, Precision::tf32, kNhwc, kWeight, 0.1f},
-    {ShapeClass::depthwise, Precision::full, kNchw, kWeight, 0.1f},
-    {ShapeClass::depthwise, Precision::full, kNhwc, kWeight, 0.1f},
-
-    {ShapeClass::depthwise_strided, Precision::half, kNchw, kForward, 0.45f},
-    {ShapeClass::depthwise_strided, Precision::half, kNhwc, kForward, 0.7f},
-    {ShapeClass::depthwise_strided, Precision::tf32, kNchw, kForward, 0.45f},
-    {ShapeClass::depthwise_strided, Precision::tf32, kNhwc, kForward, 0.7f},
-    {ShapeClass::depthwise_strided, Precision::full, kNchw, kForward, 0.45f},
-    {ShapeClass::depthwise_strided, Precision::full, kNhwc, kForward, 0.7f},
-    {ShapeClass::depthwise_strided, Precision::half, kNchw, kInput, 1.8f},
-    {ShapeClass::depthwise_strided, Precision::half, kNhwc, kInput, 1.8f},
-    {ShapeClass::depthwise_strided, Precision::tf32, kNchw, kInput, 1.8f},
-    {ShapeClass::depthwise_strided, Precision::tf32, kNhwc, kInput, 1.8f},
-    {ShapeClass::depthwise_strided, Precision::full, kNchw, kInput, 1.8f},
-    {ShapeClass::depthwise_strided, Precision::full, kNhwc, kInput, 1.8f},
-    {ShapeClass::depthwise_strided, Precision::half, kNchw, kWeight, 0.1f},
-    {ShapeClass::depthwise_strided, Precision::half, kNhwc, kWeight, 0.1f},
-    {ShapeClass::depthwise_strided, Precision::tf32, kNchw, kWeight, 0.1f},
-    {ShapeClass::depthwise_strided, Precision::tf32, kNhwc, kWeight, 0.1f},
-    {ShapeClass::depthwise_strided, Precision::full, kNchw, kWeight, 0.1f},
-    {ShapeClass::depthwise_strided, Precision::full, kNhwc, kWeight, 0.1f},
+    {ShapeClass::first_layer, Precision::half, Layout::nchw, Conv2dPass::forward,
+     Conv2dAlgorithm::direct, 1.5f},
+    {ShapeClass::first_layer, Precision::full, Layout::nchw, Conv2dPass::forward,
+     Conv2dAlgorithm::direct, 1.5f},
 };
 
-// A ratio that torch has to fall below: a tenth is what machines and shapes of a class differ by.
-constexpr float kClearlyFaster = 0.9f;
+// What the kernel has to be ahead of torch by, where neither was measured.
+constexpr float kMargin = 1.1f;
 
 Precision precision_of(const Conv2dProblem& p) {
   if (p.dtype != DType::float32) return Precision::half;
   return products_of(p) == TensorProducts::tf32 ? Precision::tf32 : Precision::full;
 }
 
-ShapeClass class_of(const Conv2dProblem& p, Conv2dPass pass, Conv2dAlgorithm algorithm) {
-  const int64_t taps = p.kernel_height * p.kernel_width;
-  // The input gradient of a first layer is hardly ever wanted, and was not measured.
-  if (is_first_layer(p) && pass != Conv2dPass::input_gradient) {
-    return taps >= 49 ? ShapeClass::stem : ShapeClass::first_layer;
-  }
-  switch (algorithm) {
-    case Conv2dAlgorithm::implicit_gemm:
-      return taps == 1 ? ShapeClass::pointwise : ShapeClass::dense;
-    case Conv2dAlgorithm::depthwise:
-      return p.stride_h * p.stride_w > 1 ? ShapeClass::depthwise_strided : ShapeClass::depthwise;
-    default:
-      return ShapeClass::unmeasured;
-  }
+ShapeClass class_of(const Conv2dProblem& p) {
+  // Larger kernels are another matter.
+  return is_first_layer(p) && p.kernel_height * p.kernel_width <= 25 ? ShapeClass::first_layer
+                                                                     : ShapeClass::other;
 }
 
-// torch's time over that of a kernel, and 1 where nothing is known.
-float torch_ratio(const Conv2dProblem& p, Conv2dPass pass, Conv2dAlgorithm algorithm,
-                  const DeviceLimits& limits) {
-  if (p.dtype == DType::float64) return 1;
-  const ShapeClass shape = class_of(p, pass, algorithm);
-  const Precision precision = precision_of(p);
-  if (shape == ShapeClass::unmeasured) {
-    // Before the architectures that these kernels are for, tensor cores are torch's alone.
-    const bool torch_has_more = precision == Precision::half && !gemm_applies(p, limits);
-    return torch_has_more ? static_cast<float>(kDirectShare * multiply_add_rate(p, limits) /
-                                               (kGemmShare * tensor_rate(p, limits)))
-                          : 1;
-  }
+struct TorchRatio {
+  float ratio;  // torch's time over the kernel's
+  bool measured;
+
+  bool is_ahead() const { return ratio >= (measured ? 1 : kMargin); }
+};
+
+TorchRatio torch_ratio(const Conv2dProblem& p, Conv2dPass pass, Conv2dAlgorithm algorithm,
+                       double cycles, const DeviceLimits& limits) {
   for (const Measurement& row : kMeasured) {
-    if (row.shape == shape && row.precision == precision && row.layout == p.layout &&
-        row.pass == pass) {
-      return row.ratio;
+    if (row.shape == class_of(p) && row.precision == precision_of(p) && row.layout == p.layout &&
+        row.pass == pass && row.algorithm == algorithm) {
+      return {row.ratio, true};
     }
   }
-  return 1;
+  const double torchs = torch_cycles(p, shape_of(p, pass), pass, algorithm, limits);
+  return {static_cast<float>(torchs / cycles), false};
 }
 
 // ---- The choice.
 
-Conv2dAlgorithm fastest_of_pass(const Conv2dProblem& p, const PassShape& shape, Conv2dPass pass,
-                                const DeviceLimits& limits) {
-  if (one_channel_a_group(shape) && depthwise_applies(shape)) return Conv2dAlgorithm::depthwise;
-  if (pass == Conv2dPass::forward && is_first_layer(p)) return Conv2dAlgorithm::direct;
-  Conv2dAlgorithm fastest = Conv2dAlgorithm::direct;
-  double least = direct_cycles(p, shape, limits);
-  const auto consider = [&](Conv2dAlgorithm algorithm, double cycles) {
-    if (cycles >= least) return;
-    fastest = algorithm;
-    least = cycles;
-  };
-  if (p.groups > 1 && depthwise_applies(shape)) {
-    consider(Conv2dAlgorithm::depthwise, depthwise_cycles(p, shape, limits));
-  }
+struct Choice {
+  Conv2dAlgorithm algorithm;
+  double cycles;
+};
+
+Choice cheaper(Choice a, Choice b) { return b.cycles < a.cycles ? b : a; }
+
+Choice fastest_of_pass(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits) {
+  const Choice depthwise = {Conv2dAlgorithm::depthwise, depthwise_cycles(shape, limits)};
+  if (one_channel_a_group(shape) && depthwise_applies(shape)) return depthwise;
+  Choice fastest = {Conv2dAlgorithm::direct, direct_cycles(p, shape, limits)};
   if (gemm_applies(p, limits)) {
-    const int tile = gemm_tile(p, shape, limits);
-    consider(Conv2dAlgorithm::implicit_gemm, gemm_cycles(p, shape, limits, tile));
+    const GemmTile tile = gemm_tile(p, shape, limits);
+    fastest =
+        cheaper(fastest, {Conv2dAlgorithm::implicit_gemm, gemm_cycles(p, shape, limits, tile)});
   }
   return fastest;
 }
 
-Conv2dAlgorithm fastest_of_weight(const Conv2dProblem& p, const PassShape& shape,
-                                  const DeviceLimits& limits) {
-  if (one_channel_a_group(shape) && depthwise_applies(shape)) return Conv2dAlgorithm::depthwise;
-  Conv2dAlgorithm fastest = Conv2dAlgorithm::plain;
-  double least = weight_plain_cycles(p, shape, limits);
-  const auto consider = [&](Conv2dAlgorithm algorithm, double cycles) {
-    if (cycles >= least) return;
-    fastest = algorithm;
-    least = cycles;
-  };
-  if (p.groups > 1 && depthwise_applies(shape)) {
-    consider(Conv2dAlgorithm::depthwise, weight_depthwise_cycles(p, shape, limits));
-  }
+Choice fastest_of_weight(const Conv2dProblem& p, const PassShape& shape,
+                         const DeviceLimits& limits) {
+  const Choice depthwise = {Conv2dAlgorithm::depthwise, depthwise_cycles(shape, limits)};
+  if (one_channel_a_group(shape) && depthwise_applies(shape)) return depthwise;
+  Choice fastest = {Conv2dAlgorithm::plain, weight_plain_cycles(p, shape, limits)};
   if (gemm_applies(p, limits)) {
-    const int tile = weight_gemm_tile(p, shape, limits);
-    consider(Conv2dAlgorithm::implicit_gemm, weight_gemm_cycles(p, shape, limits, tile));
+    fastest =
+        cheaper(fastest, {Conv2dAlgorithm::implicit_gemm, weight_gemm_cycles(p, shape, limits)});
   }
   return fastest;
 }
 
 // The one that a policy names, where it takes the pass, and else the fastest.
-Conv2dAlgorithm native_algorithm(const Conv2dProblem& p, Conv2dPass pass,
-                                 const DeviceLimits& limits, Conv2dPolicy policy) {
-  if (pass == Conv2dPass::bias_gradient) return Conv2dAlgorithm::sum;
+Choice native_choice(const Conv2dProblem& p, Conv2dPass pass, const DeviceLimits& limits,
+                     Conv2dPolicy policy) {
+  if (pass == Conv2dPass::bias_gradient) return {Conv2dAlgorithm::sum, 0};
   const PassShape shape = shape_of(p, pass);
   const bool of_weight = pass == Conv2dPass::weight_gradient;
   if (policy == Conv2dPolicy::direct) {
-    return of_weight ? Conv2dAlgorithm::plain : Conv2dAlgorithm::direct;
+    return {of_weight ? Conv2dAlgorithm::plain : Conv2dAlgorithm::direct, 0};
   }
   if (policy == Conv2dPolicy::implicit_gemm && gemm_applies(p, limits)) {
-    return Conv2dAlgorithm::implicit_gemm;
+    return {Conv2dAlgorithm::implicit_gemm, 0};
   }
   if (policy == Conv2dPolicy::depthwise && depthwise_applies(shape)) {
-    return Conv2dAlgorithm::depthwise;
+    return {Conv2dAlgorithm::depthwise, 0};
   }
-  return of_weight ? fastest_of_weight(p, shape, limits) : fastest_of_pass(p, shape, pass, limits);
+  return of_weight ? fastest_of_weight(p, shape, limits) : fastest_of_pass(p, shape, limits);
 }
 
 // ---- The sizes.
@@ -453,30 +361,51 @@ int parts_of(int64_t blocks, int64_t blocks_each, int64_t count, int64_t least, 
       std::clamp<int64_t>(std::min(wanted, count / least), 1, std::max<int64_t>(1, most)));
 }
 
-void size_weight_gradient(const Conv2dProblem& p, const DeviceLimits& limits, Conv2dPlan& plan) {
-  constexpr int64_t kMostBytes = int64_t{64} << 20;  // of totals, where there is a choice
-  constexpr int64_t kLeastPixels = 512;              // of a part
+constexpr int64_t kMostTotalBytes = int64_t{64} << 20;  // of parts, where there is a choice
+
+void size_weight_gradient(const Conv2dProblem& p, int64_t alignment, const DeviceLimits& limits,
+                          Conv2dPlan& plan) {
   const ConvolutionPass pass = forward_pass(p);
-  const PassShape shape = forward_shape(p);
-  int64_t blocks = shape.groups * shape.columns * shape.channels, blocks_each = 16;
-  int64_t most = kMostBlocksYZ;
-  if (plan.algorithm != Conv2dAlgorithm::depthwise) {
-    int tile = kPlainTile;
-    if (plan.algorithm == Conv2dAlgorithm::implicit_gemm) {
-      tile = plan.gemm.tile = weight_gemm_tile(p, shape, limits);
-      plan.gemm.contiguous = false;
-      plan.gemm.products = products_of(p);
-    }
-    blocks = ceil_div(shape.columns, tile) * ceil_div(weight_columns(p), tile) * shape.groups;
-    blocks_each = plan.algorithm == Conv2dAlgorithm::implicit_gemm ? 2 : 8;
-    most = kMostBlocksYZ / shape.groups;
+  if (plan.algorithm == Conv2dAlgorithm::implicit_gemm) {
+    plan.weight = choose_weight_gradient(pass, p.dtype, products_of(p), alignment, limits);
+    plan.parts = plan.weight.parts;
+    // A patch that no block holds.
+    if (plan.weight.results == 0) plan.algorithm = Conv2dAlgorithm::plain;
   }
-  most = std::min(most, kMostBytes / weight_total_bytes(pass, 1, p.dtype));
-  const int parts = parts_of(blocks, blocks_each, shape.pixels, kLeastPixels, most, limits);
-  // Parts are whole slices, so that fewer may do.
-  const int64_t pixels_of_part = std::max(1, positions_of_part(pass, parts));
-  plan.parts = static_cast<int>(std::max<int64_t>(1, ceil_div(shape.pixels, pixels_of_part)));
+  if (plan.algorithm == Conv2dAlgorithm::depthwise) {
+    plan.parts = depthwise_weight_parts(p.dtype, pass, limits.multiprocessors);
+  } else if (plan.algorithm == Conv2dAlgorithm::plain) {
+    constexpr int64_t kLeastPixels = 512, kTile = 32, kBlocksEach = 8;
+    const PassShape shape = forward_shape(p);
+    const int64_t columns = shape.channels * pass.kernel_taps();
+    const int64_t blocks = ceil_div(shape.columns, kTile) * ceil_div(columns, kTile) * shape.groups;
+    const int64_t most = std::min(kMostBlocksYZ / shape.groups,
+                                  kMostTotalBytes / weight_total_bytes(pass, 1, p.dtype));
+    const int parts = parts_of(blocks, kBlocksEach, shape.pixels, kLeastPixels, most, limits);
+    // Parts are whole slices, so that fewer may do.
+    const int64_t pixels_of_part = std::max(1, positions_of_part(pass, parts));
+    plan.parts = static_cast<int>(std::max<int64_t>(1, ceil_div(shape.pixels, pixels_of_part)));
+  }
   plan.workspace_bytes = weight_total_bytes(pass, plan.parts, p.dtype);
+}
+
+// The tile of an implicit matrix product, and where tensors lie: a smaller tile where a block does
+// not hold the larger one's patch, and direct where it holds none.
+void size_gemm(const Conv2dProblem& p, const PassShape& shape, const ConvolutionPass& pass,
+               const MaxPool2dProblem* pool, int64_t alignment, const DeviceLimits& limits,
+               Conv2dPlan& plan) {
+  const GemmTile best = gemm_tile(p, shape, limits);
+  for (const GemmTile& tile : {best, kGemmTiles[0]}) {
+    plan.gemm = make_gemm_choice(pass, p.dtype, tile.rows, tile.columns, products_of(p), alignment);
+    if (gemm_shared_bytes(pass, p.dtype, plan.gemm, pool) <= limits.shared_bytes_per_block) {
+      if (plan.gemm.packs_weights) {
+        plan.workspace_bytes = packed_weight_bytes(pass, element_size(p.dtype));
+      }
+      return;
+    }
+  }
+  plan.gemm = {};
+  plan.algorithm = Conv2dAlgorithm::direct;
 }
 
 void size_bias_gradient(const Conv2dProblem& p, const DeviceLimits& limits, Conv2dPlan& plan) {
@@ -488,14 +417,35 @@ void size_bias_gradient(const Conv2dProblem& p, const DeviceLimits& limits, Conv
   plan.workspace_bytes = bias_total_bytes(p, plan.parts);
 }
 
+// Fused, windows that overlap are convolved twice where tiles meet, and the convolution's result is
+// neither written nor read.
+bool fusing_pays(const Conv2dReluMaxPool2dProblem& block, const Choice& native,
+                 const DeviceLimits& limits) {
+  const Conv2dProblem& p = block.conv;
+  const double repeated = block.pool.kernel_height == 3 ? 1.4 : 1;
+  const double convolved = static_cast<double>(p.batch * p.out_channels) *
+                           static_cast<double>(p.out_height * p.out_width * element_size(p.dtype));
+  const double fused = native.cycles * repeated;
+  double composed = native.cycles + kLaunchCycles + byte_cycles(1.5 * convolved, limits);
+  const TorchRatio ratio =
+      torch_ratio(p, Conv2dPass::forward, native.algorithm, native.cycles, limits);
+  if (!ratio.is_ahead()) {
+    const double relu = kLaunchCycles + byte_cycles(2 * convolved, limits);  // torch's own
+    composed += native.cycles * (static_cast<double>(ratio.ratio) - 1) + relu;
+  }
+  return fused <= composed;
+}
+
 }  // namespace
 
 Conv2dAlgorithm choose_conv2d(const Conv2dProblem& p, Conv2dPass pass, const DeviceLimits& limits,
                               Conv2dPolicy policy) {
-  const Conv2dAlgorithm algorithm = native_algorithm(p, pass, limits, policy);
-  const bool is_torchs =
-      policy == Conv2dPolicy::automatic && torch_ratio(p, pass, algorithm, limits) < kClearlyFaster;
-  return is_torchs ? Conv2dAlgorithm::aten : algorithm;
+  const Choice native = native_choice(p, pass, limits, policy);
+  if (policy != Conv2dPolicy::automatic || native.algorithm == Conv2dAlgorithm::sum) {
+    return native.algorithm;
+  }
+  const TorchRatio ratio = torch_ratio(p, pass, native.algorithm, native.cycles, limits);
+  return ratio.is_ahead() ? native.algorithm : Conv2dAlgorithm::aten;
 }
 
 Conv2dPlan plan_conv2d(const Conv2dProblem& p, Conv2dPass pass, int64_t alignment,
@@ -503,27 +453,52 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& p, Conv2dPass pass, int64_t alignmen
   Conv2dPlan plan = {};
   plan.algorithm = choose_conv2d(p, pass, limits, policy);
   if (plan.algorithm == Conv2dAlgorithm::aten) {
-    plan.torch_ratio = torch_ratio(p, pass, native_algorithm(p, pass, limits, policy), limits);
+    const Choice native = native_choice(p, pass, limits, policy);
+    const TorchRatio ratio = torch_ratio(p, pass, native.algorithm, native.cycles, limits);
+    plan.torch_ratio = ratio.ratio;
+    plan.measured = ratio.measured;
     return plan;
   }
+  plan.alignment = alignment;
   if (pass == Conv2dPass::bias_gradient) {
     size_bias_gradient(p, limits, plan);
     return plan;
   }
   if (pass == Conv2dPass::weight_gradient) {
-    size_weight_gradient(p, limits, plan);
+    size_weight_gradient(p, alignment, limits, plan);
     return plan;
   }
   const ConvolutionPass of_kernel =
       pass == Conv2dPass::forward ? forward_pass(p) : input_gradient_pass(p);
-  const int64_t bytes = element_size(p.dtype);
-  if (plan.algorithm == Conv2dAlgorithm::implicit_gemm) {
-    plan.gemm.tile = gemm_tile(p, shape_of(p, pass), limits);
-    plan.gemm.contiguous = chunks_are_contiguous(of_kernel, bytes, alignment);
-    plan.gemm.products = products_of(p);
-    plan.workspace_bytes = packed_weight_bytes(of_kernel, bytes);
-  } else if (plan.algorithm == Conv2dAlgorithm::depthwise) {
-    plan.channels = depthwise_channels_apply(of_kernel, bytes, alignment);
+  if (policy == Conv2dPolicy::wgmma && wgmma_applies(of_kernel, p.dtype, alignment, limits)) {
+    plan.algorithm = Conv2dAlgorithm::wgmma;
+    plan.workspace_bytes = packed_weight_bytes(of_kernel, element_size(p.dtype));
+  } else if (plan.algorithm == Conv2dAlgorithm::implicit_gemm) {
+    size_gemm(p, shape_of(p, pass), of_kernel, nullptr, alignment, limits, plan);
+  }
+  return plan;
+}
+
+BlockPlan plan_block(const Conv2dReluMaxPool2dProblem& block, int64_t alignment,
+                     const DeviceLimits& limits, Conv2dPolicy policy) {
+  const Conv2dProblem& p = block.conv;
+  const Conv2dPolicy native = policy == Conv2dPolicy::automatic ? Conv2dPolicy::native : policy;
+  const Choice choice = native_choice(p, Conv2dPass::forward, limits, native);
+  BlockPlan plan = {};
+  if (!pools_in_block(block.pool)) {
+    plan.reason = "windows of a pooling other than 2x2 and 3x3 at stride 2";
+  } else if (choice.algorithm == Conv2dAlgorithm::depthwise) {
+    plan.reason = "depthwise kernels do not pool";
+  } else if (policy == Conv2dPolicy::automatic && !fusing_pays(block, choice, limits)) {
+    plan.reason = "one after the other they are estimated to take less";
+  }
+  plan.fused = plan.reason.empty();
+  if (!plan.fused) return plan;
+  plan.conv.algorithm = choice.algorithm;
+  plan.conv.alignment = alignment;
+  if (choice.algorithm == Conv2dAlgorithm::implicit_gemm) {
+    size_gemm(p, shape_of(p, Conv2dPass::forward), forward_pass(p), &block.pool, alignment, limits,
+              plan.conv);
   }
   return plan;
 }

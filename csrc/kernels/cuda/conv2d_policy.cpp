@@ -10,8 +10,8 @@ namespace {
 
 constexpr const char* kVariable = "CNNKERNELS_CUDA_CONV2D";
 constexpr Conv2dPolicy kPolicies[] = {Conv2dPolicy::automatic, Conv2dPolicy::native,
-                                      Conv2dPolicy::direct, Conv2dPolicy::implicit_gemm,
-                                      Conv2dPolicy::depthwise};
+                                      Conv2dPolicy::direct,    Conv2dPolicy::implicit_gemm,
+                                      Conv2dPolicy::depthwise, Conv2dPolicy::wgmma};
 
 const Conv2dPolicyChoice& first_choice() {
   static const Conv2dPolicyChoice choice = choose_conv2d_policy(std::getenv(kVariable));
@@ -35,6 +35,8 @@ const char* policy_name(Conv2dPolicy policy) {
       return "implicit_gemm";
     case Conv2dPolicy::depthwise:
       return "depthwise";
+    case Conv2dPolicy::wgmma:
+      return "wgmma";
     default:
       return "auto";
   }
@@ -49,8 +51,8 @@ Conv2dPolicyChoice choose_conv2d_policy(const char* forced) {
     if (name == policy_name(policy)) return {policy, ""};
   }
   return {Conv2dPolicy::automatic, std::string(kVariable) + "=" + forced +
-                                       " is not auto, native, direct, implicit_gemm or "
-                                       "depthwise; convolutions run by auto"};
+                                       " is not auto, native, direct, implicit_gemm, "
+                                       "depthwise or wgmma; convolutions run by auto"};
 }
 
 Conv2dPolicy active_conv2d_policy() { return current_policy().load(std::memory_order_relaxed); }

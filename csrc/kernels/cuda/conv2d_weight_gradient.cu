@@ -301,7 +301,7 @@ template <class Products>
 Error weight_gemm_of(const GemmChoice& choice, const ConvolutionPass& pass, int parts,
                      int positions_per_part, const void* gradient, const void* source, void* totals,
                      Stream stream) {
-  const auto run = choice.tile == 128 ? weight_gemm<Products, 128> : weight_gemm<Products, 64>;
+  const auto run = choice.rows == 128 ? weight_gemm<Products, 128> : weight_gemm<Products, 64>;
   return run(pass, parts, positions_per_part, gradient, source, totals, stream);
 }
 

@@ -6,13 +6,11 @@
 // rows that an ldmatrix reads are then in different banks.
 #pragma once
 
-#include "kernels/cuda/elements.cuh"
-#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/source_patch.cuh"
 
 namespace cnnkernels::cuda {
 
 constexpr int kSliceChunks = 4;
-constexpr int kChunkBytes = 16;
 constexpr int kSliceRowBytes = kSliceChunks * kChunkBytes;
 constexpr int kWarpColumns = 32;
 
@@ -20,6 +18,7 @@ constexpr int kWarpColumns = 32;
 template <class T>
 struct Products16 {
   using Element = T;
+  static constexpr int kParts = 1;  // of an operand
   __device__ static void add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k16<T>(sums, a, b);
   }
@@ -27,6 +26,7 @@ struct Products16 {
 
 struct ProductsTf32 {
   using Element = float;
+  static constexpr int kParts = 1;
   __device__ static void add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     const uint32_t rounded_a[4] = {to_tf32(a[0]), to_tf32(a[1]), to_tf32(a[2]), to_tf32(a[3])};
     const uint32_t rounded_b[2] = {to_tf32(b[0]), to_tf32(b[1])};
@@ -34,18 +34,26 @@ struct ProductsTf32 {
   }
 };
 
+// Of an infinite operand the low part is NaN, and so is the sum: who asks for it has to look.
 struct ProductsOfParts {
   using Element = float;
+  static constexpr int kParts = 2;
   __device__ static void add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) split(a[i], high_a[i], low_a[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) split(b[i], high_b[i], low_b[i]);
-    // The small ones first.
-    mma_m16n8k8_tf32(sums, low_a, high_b);
-    mma_m16n8k8_tf32(sums, high_a, low_b);
-    mma_m16n8k8_tf32(sums, high_a, high_b);
+    // Tensor cores cut off what a sum has beyond 24 bits, which adds up over a long chain. So they
+    // sum the products of one step alone, the small ones first, and an addition that rounds does
+    // the rest (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
+    // surpassing the FP32 theoretical peak performance", 2022).
+    float step[4] = {};
+    mma_m16n8k8_tf32(step, low_a, high_b);
+    mma_m16n8k8_tf32(step, high_a, low_b);
+    mma_m16n8k8_tf32(step, high_a, high_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += step[i];
   }
 
   __device__ static void split(uint32_t bits, uint32_t& high, uint32_t& low) {
@@ -53,9 +61,6 @@ struct ProductsOfParts {
     low = to_tf32(__float_as_uint(__uint_as_float(bits) - __uint_as_float(high)));
   }
 };
-
-template <class T>
-constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(T));
 
 // Where chunk `chunk` of row `row` lies in a slice.
 __device__ inline int chunk_place(int row, int chunk) {

@@ -5,9 +5,9 @@
 namespace cnnkernels::cuda {
 
 Error max_pool2d_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
-                         const void* input, void* output, void* argmax, Stream stream) {
+                         const void* input, void* output, void* argmax, Stream stream, bool clips) {
   const auto pool = plan.kind == PoolAlgorithm::strips ? strips_forward : windows_forward;
-  return pool(problem, plan, input, output, argmax, stream);
+  return pool(problem, plan, input, output, argmax, clips, stream);
 }
 
 Error max_pool2d_backward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,

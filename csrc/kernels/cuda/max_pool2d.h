@@ -36,9 +36,11 @@ std::string max_pool2d_not_native(const MaxPool2dProblem& problem);
 MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, int64_t alignment,
                               const DeviceLimits& limits);
 
-// argmax may be null; else it is uint8_t* or int32_t*, as compact_argmax() says.
+// argmax may be null; else it is uint8_t* or int32_t*, as compact_argmax() says. `clips`: windows
+// whose maximum is not positive have no winner, as those of a ReLU's result.
 Error max_pool2d_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
-                         const void* input, void* output, void* argmax, Stream stream);
+                         const void* input, void* output, void* argmax, Stream stream,
+                         bool clips = false);
 
 // Adds each output gradient to its window's winner, in the order of the windows; writes all of
 // grad_input. A tap that is none of its window's adds to nothing.

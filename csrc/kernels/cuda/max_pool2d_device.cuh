@@ -25,6 +25,12 @@ struct Winner {
   }
 };
 
+// The tap that is saved for a window.
+template <class A>
+__device__ inline int saved_tap(const PoolGeometry& g, const Winner<A>& winner) {
+  return g.clipped_tap != kWinnersTap && winner.value <= 0 ? g.clipped_tap : winner.tap;
+}
+
 // What a thread takes of images x pixels x channels (vectors of them, or strips for pixels), in a
 // grid of make_grid: one pixel and channel, of every image from its first in steps.
 struct Position {

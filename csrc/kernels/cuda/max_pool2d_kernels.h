@@ -8,6 +8,7 @@ namespace cnnkernels::cuda {
 // Sizes as kernels take them: planes count as images of one channel, so that both layouts are
 // images x pixels x channels. Positions inside of a plane fit 32 bits; what counts elements of a
 // tensor has 64.
+constexpr int kWinnersTap = -1;
 struct PoolGeometry {
   int64_t images;
   int channels;
@@ -17,8 +18,9 @@ struct PoolGeometry {
   int stride_h, stride_w;
   int pad_top, pad_left;
   int dilation_h, dilation_w;
+  int clipped_tap;  // of windows whose maximum is not positive, or kWinnersTap
 
-  explicit PoolGeometry(const MaxPool2dProblem& problem);
+  explicit PoolGeometry(const MaxPool2dProblem& problem, bool clips = false);
 };
 
 // Windows of a thread's strip, for elements of so many bytes: the columns below it are then one
@@ -27,11 +29,11 @@ struct PoolGeometry {
 constexpr int widest_strip(int64_t bytes) { return static_cast<int>(8 / bytes); }
 
 Error strips_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, const void* input,
-                     void* output, void* argmax, Stream stream);
+                     void* output, void* argmax, bool clips, Stream stream);
 Error strips_backward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
                       const void* grad_output, const void* argmax, void* grad_input, Stream stream);
 Error windows_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, const void* input,
-                      void* output, void* argmax, Stream stream);
+                      void* output, void* argmax, bool clips, Stream stream);
 Error windows_backward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
                        const void* grad_output, const void* argmax, void* grad_input,
                        Stream stream);

@@ -61,7 +61,7 @@ bool halves(const MaxPool2dProblem& p) {
 
 }  // namespace
 
-PoolGeometry::PoolGeometry(const MaxPool2dProblem& p)
+PoolGeometry::PoolGeometry(const MaxPool2dProblem& p, bool clips)
     : images(cuda::images(p)),
       channels(in_planes(p) ? 1 : static_cast<int>(p.channels)),
       in_height(static_cast<int>(p.in_height)),
@@ -75,7 +75,8 @@ PoolGeometry::PoolGeometry(const MaxPool2dProblem& p)
       pad_top(static_cast<int>(p.pad_top)),
       pad_left(static_cast<int>(p.pad_left)),
       dilation_h(static_cast<int>(p.dilation_h)),
-      dilation_w(static_cast<int>(p.dilation_w)) {}
+      dilation_w(static_cast<int>(p.dilation_w)),
+      clipped_tap(clips ? static_cast<int>(p.no_winner()) : kWinnersTap) {}
 
 std::string max_pool2d_not_native(const MaxPool2dProblem& p) {
   // Half of 32 bits: a window's end, and the next thread's pixel, are computed in them too.

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     if constexpr (kArgmax) {
       Vector<uint8_t, kWidth> taps;
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) taps[v] = static_cast<uint8_t>(winners[v].tap);
+      for (int v = 0; v < kWidth; ++v) taps[v] = static_cast<uint8_t>(saved_tap(g, winners[v]));
       store_vector<kWidth>(argmax + first, taps);
     }
   }
@@ -193,7 +193,7 @@ void with_strips(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, Bod
 }  // namespace
 
 Error strips_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, const void* input,
-                     void* output, void* argmax, Stream stream) {
+                     void* output, void* argmax, bool clips, Stream stream) {
   Error error = kSuccess;
   with_strips(problem, plan, [&](auto element, auto kernel, auto pad, auto width) {
     using T = decltype(element);
@@ -202,9 +202,9 @@ Error strips_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan,
     constexpr int kWidth = decltype(width)::value;
     const auto pool = argmax != nullptr ? strips_forward_kernel<T, kKernel, kPad, kWidth, true>
                                         : strips_forward_kernel<T, kKernel, kPad, kWidth, false>;
-    error =
-        launch(pool, plan.forward, 0, stream, PoolGeometry(problem), static_cast<const T*>(input),
-               static_cast<T*>(output), static_cast<uint8_t*>(argmax));
+    error = launch(pool, plan.forward, 0, stream, PoolGeometry(problem, clips),
+                   static_cast<const T*>(input), static_cast<T*>(output),
+                   static_cast<uint8_t*>(argmax));
   });
   return error;
 }

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     if constexpr (kArgmax) {
       Vector<Tap, kWidth> taps;
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) taps[v] = static_cast<Tap>(winners[v].tap);
+      for (int v = 0; v < kWidth; ++v) taps[v] = static_cast<Tap>(saved_tap(g, winners[v]));
       store_vector<kWidth>(argmax + window, taps);
     }
   }
@@ -291,7 +291,7 @@ auto backward_kernel(const MaxPool2dProblem& problem) {
 }  // namespace
 
 Error windows_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan, const void* input,
-                      void* output, void* argmax, Stream stream) {
+                      void* output, void* argmax, bool clips, Stream stream) {
   Error error = kSuccess;
   with_vectors(problem, plan, [&](auto element, auto tap, auto width) {
     using T = decltype(element);
@@ -300,8 +300,8 @@ Error windows_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan
     const auto pool = argmax != nullptr ? forward_kernel<T, Tap, kWidth, true>(problem)
                                         : forward_kernel<T, Tap, kWidth, false>(problem);
     error =
-        launch(pool, plan.forward, 0, stream, PoolGeometry(problem), static_cast<const T*>(input),
-               static_cast<T*>(output), static_cast<Tap*>(argmax));
+        launch(pool, plan.forward, 0, stream, PoolGeometry(problem, clips),
+               static_cast<const T*>(input), static_cast<T*>(output), static_cast<Tap*>(argmax));
   });
   return error;
 }

@@ -15,6 +15,18 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/types.h"
 
+namespace cnnkernels::cuda {
+
+// Whether the code that is compiled may use them. Kernels for older devices are empty: no plan
+// names them there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kAmpere = false;
+#else
+constexpr bool kAmpere = true;
+#endif
+
+}  // namespace cnnkernels::cuda
+
 #ifdef __CUDACC__
 
 namespace cnnkernels::cuda {

@@ -1,43 +1,30 @@
 // The convolution operators on CUDA: each pass by its own plan, ours or torch's.
 #include "ops/conv2d.h"
 
-#include <ATen/ops/empty.h>
-
-#include "kernels/cuda/conv2d.h"
-#include "ops/cuda/device.h"
+#include "ops/cuda/conv2d.h"
 
 namespace cnnkernels {
 namespace {
 
-[[maybe_unused]] const bool is_linked = (cuda_conv2d_planner() = cuda::plan_conv2d) != nullptr;
-
-// Of what is not torch's.
-cuda::Conv2dPolicy native_policy() {
-  const cuda::Conv2dPolicy policy = cuda::active_conv2d_policy();
-  return policy == cuda::Conv2dPolicy::automatic ? cuda::Conv2dPolicy::native : policy;
-}
+[[maybe_unused]] const bool is_linked =
+    (cuda_conv2d_planner() = {cuda::plan_conv2d, cuda::plan_block}).plan_conv2d != nullptr;
 
 bool is_torchs(const Conv2dProblem& problem, cuda::Conv2dPass pass, const at::Tensor& tensor) {
   return cuda::choose_conv2d(problem, pass, cuda::limits_of(tensor),
                              cuda::active_conv2d_policy()) == cuda::Conv2dAlgorithm::aten;
 }
 
-// A pass's plan and its workspace. torch's allocator gives the memory to nobody on another stream,
-// and on this one only to what runs behind.
 struct PlannedPass {
   cuda::Conv2dPlan plan;
-  at::Tensor memory;
+  cuda::PlannedWorkspace memory;
 
   template <class... Tensors>
   PlannedPass(const Conv2dProblem& problem, cuda::Conv2dPass pass, const at::Tensor& first,
               const Tensors&... others)
       : plan(cuda::plan_conv2d(problem, pass, cuda::common_alignment(first, others...),
-                               cuda::limits_of(first), native_policy())) {
-    if (plan.workspace_bytes > 0) {
-      memory = at::empty({plan.workspace_bytes}, first.options().dtype(at::kByte));
-    }
-  }
-  void* workspace() const { return memory.defined() ? memory.mutable_data_ptr() : nullptr; }
+                               cuda::limits_of(first), cuda::native_policy())),
+        memory(plan, first) {}
+  void* workspace() const { return memory.data(); }
 };
 
 struct Cuda {

@@ -1,0 +1,7 @@
+#include "kernels/cuda/conv2d_implicit_gemm.cuh"
+
+namespace cnnkernels::cuda {
+
+template Error launch_gemm<ProductsTf32>(const GemmCall& call);
+
+}  // namespace cnnkernels::cuda
