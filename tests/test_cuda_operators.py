@@ -32,6 +32,7 @@ SOURCES = [
     *sorted(KERNELS.glob("*.cpp")),
     *sorted((OPERATORS / "cuda").glob("*.cpp")),
     OPERATORS / "arguments.cpp",
+    OPERATORS / "operators.cpp",
     OPERATORS / "step_operators.cpp",
     EMULATION / "emulated_operators.cpp",
 ]
