@@ -80,7 +80,10 @@ class Plan(dict[str, Any]):
     instruction set), ``vector_lanes``, ``threads``, for convolutions ``flops`` (floating-point
     operations of the call) and ``workspace_bytes``, with ``"amx"`` the ``parts`` (bfloat16 numbers
     of which an element is the sum), for ``conv2d`` and ``conv2d_relu`` the algorithms of the
-    ``input_gradient`` and the ``weight_gradient``, and how the work is cut.
+    ``input_gradient`` and the ``weight_gradient``, and how the work is cut. On CUDA ``isa`` is
+    ``"cuda"``, and every pass of a convolution has a plan of its own: what else there is to say of
+    a gradient (``tile``, ``products``, ``parts``, ``workspace_bytes``, or the ``reason`` why it is
+    torch's) stands under keys that begin with its name, such as ``weight_gradient_parts``.
     """
 
     def __str__(self) -> str:

@@ -27,19 +27,41 @@ pytestmark = [
 OPERATORS = ROOT / "csrc" / "ops"
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 EMULATION = ROOT / "tests" / "cuda_kernels"
-# No operator calls a convolution's kernels.
 SOURCES = [
-    *sorted(path for path in KERNELS.glob("*.cu") if not path.name.startswith("conv2d")),
+    *sorted(KERNELS.glob("*.cu")),
     *sorted(KERNELS.glob("*.cpp")),
     *sorted((OPERATORS / "cuda").glob("*.cpp")),
     OPERATORS / "arguments.cpp",
+    OPERATORS / "operators.cpp",
     OPERATORS / "step_operators.cpp",
     EMULATION / "emulated_operators.cpp",
 ]
-TESTS = ["test_max_pool2d.py", "test_gradient_step.py", "test_optim.py", "test_autograd.py"]
 # The instruction sets are the CPU's, and so is the exception for an argmax of no window.
 CHOSEN = "(baseline or not (avx2 or avx512 or amx)) and not (argmax and refused)"
-LEAST_TESTS = 500
+# What is small enough for an emulator.
+CONVOLUTIONS = (
+    "gradients_asked_for or any_strides or non_finite or infinite_gradient or other_dtypes"
+    " or clipped_output or errors_name"
+)
+RUNS = {
+    # Policy: the files, the tests chosen of them, and the least number of these.
+    "native": [
+        (
+            ["test_max_pool2d.py", "test_gradient_step.py", "test_optim.py", "test_autograd.py"],
+            CHOSEN,
+            500,
+        ),
+        (["test_functional.py"], "(conv or bad or kernels_run or autocast) and not torch-", 200),
+        (["test_conv2d.py", "test_conv2d_relu.py"], f"{CHOSEN} and ({CONVOLUTIONS})", 10),
+    ],
+    **{
+        policy: [
+            (["test_functional.py"], "test_conv2d and not formats and not memory_format1", 60),
+            (["test_conv2d.py"], f"{CHOSEN} and ({CONVOLUTIONS})", 8),
+        ]
+        for policy in ("direct", "implicit_gemm", "depthwise")
+    },
+}
 
 
 def build_library(folder: Path) -> Path:
@@ -61,22 +83,35 @@ def build_library(folder: Path) -> Path:
     return link([*compiler, "-shared"], [], [*objects, *map(Path, libraries)], program)
 
 
-def test_operators_on_emulated_kernels(tmp_path: Path) -> None:
-    library = build_library(tmp_path)
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operators with the emulator."""
+    return build_library(tmp_path_factory.mktemp("operators"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "files", "chosen", "least"),
+    [(policy, *one) for policy, runs in RUNS.items() for one in runs],
+    ids=[f"{policy}-{one[0][0]}" for policy, runs in RUNS.items() for one in runs],
+)
+def test_operators_on_emulated_kernels(
+    library: Path, policy: str, files: list[str], chosen: str, least: int
+) -> None:
     python_path = [str(EMULATION), str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "emulated_operators"),
-            *("-p", "no:cacheprovider", "-k", CHOSEN),
-            *(ROOT / "tests" / name for name in TESTS),
+            *("-p", "no:cacheprovider", "-k", chosen),
+            *(ROOT / "tests" / name for name in files),
         ],
         timeout=900,
         PYTHONPATH=os.pathsep.join(filter(None, python_path)),
         CNNKERNELS_EMULATED_OPERATORS=str(library),
         CNNKERNELS_BACKEND="native",
+        CNNKERNELS_CUDA_CONV2D=policy,
     )
     report = f"{done.stdout[-10_000:]}\n{done.stderr[-5_000:]}"
     assert done.returncode == 0, report
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None, report
-    assert int(passed.group(1)) >= LEAST_TESTS, report
+    assert int(passed.group(1)) >= least, report

@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/max_pool2d.h"
 #include "ops/dispatch.h"
+#include "ops/operators.h"
 
 namespace cnnkernels {
 namespace {
@@ -399,6 +400,73 @@ MaxPool2dProblem pool_problem(const char* op, at::IntArrayRef input_size, DType 
       pool_output_size(op, "width", problem.in_width, problem.kernel_width, problem.stride_w,
                        problem.pad_left, problem.dilation_w, arguments.ceil_mode);
   drop_unused_strides(problem);
+  return problem;
+}
+
+namespace {
+
+constexpr PoolNames kPoolNames = {"pool_kernel_size", "pool_stride", "pool_padding",
+                                  "pool_dilation"};
+
+}  // namespace
+
+BlockArguments block_arguments(const char* op, at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, int64_t groups,
+                               at::IntArrayRef pool_kernel_size, at::IntArrayRef pool_stride,
+                               at::IntArrayRef pool_padding, at::IntArrayRef pool_dilation,
+                               bool pool_ceil_mode) {
+  return {conv_arguments(op, stride, padding, dilation, groups),
+          pool_arguments(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation,
+                         pool_ceil_mode, kPoolNames)};
+}
+
+at::Tensor composed_block(const at::Tensor& input, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias, const BlockArguments& arguments) {
+  const at::Tensor convolved =
+      ops::conv2d_relu(input, weight, bias, arguments.conv.stride, arguments.conv.padding,
+                       arguments.conv.dilation, arguments.conv.groups);
+  return ops::max_pool2d(convolved, arguments.pool.kernel_size, arguments.pool.stride,
+                         arguments.pool.padding, arguments.pool.dilation, arguments.pool.ceil_mode);
+}
+
+std::string block_not_native(const at::Tensor& input, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias,
+                             const BlockArguments& arguments) {
+  const PoolArguments& pool = arguments.pool;
+  const std::string reason = conv2d_not_native(input, weight, bias, Devices::cpu_and_cuda);
+  if (!reason.empty()) return reason;
+  if ((pool.dilation[0] > 1 || pool.dilation[1] > 1) &&
+      (pool.padding[0] > 0 || pool.padding[1] > 0)) {
+    return "a dilated pooling window with padding";
+  }
+  if (pool.ceil_mode && (pool.dilation[0] > 1 || pool.dilation[1] > 1)) {
+    return "a dilated pooling window with ceil_mode";
+  }
+  if (window_is_too_large(pool)) return "a window of more than 65536 elements";
+  if (!input.is_cpu()) return "";  // sizes are the device's
+  for (int axis = 0; axis < 2; ++axis) {
+    if (arguments.conv.padding[axis] > 1024 || arguments.conv.dilation[axis] > 1024) {
+      return "padding or dilation of more than 1024";  // the kernel writes out the border
+    }
+  }
+  return "";
+}
+
+Conv2dReluMaxPool2dProblem block_problem(const char* op, const at::Tensor& images,
+                                         const at::Tensor& weight,
+                                         const std::optional<at::Tensor>& bias,
+                                         const BlockArguments& arguments) {
+  Conv2dReluMaxPool2dProblem problem;
+  problem.conv = conv_problem(op, images, weight, bias, arguments.conv);
+  // As torch's ReLU, which returns the contiguous format where both are the same.
+  if (problem.conv.out_channels == 1 ||
+      (problem.conv.out_height == 1 && problem.conv.out_width == 1)) {
+    problem.conv.layout = Layout::nchw;
+  }
+  const std::array<int64_t, 4> conv_size = {problem.conv.batch, problem.conv.out_channels,
+                                            problem.conv.out_height, problem.conv.out_width};
+  problem.pool =
+      pool_problem(op, conv_size, problem.conv.dtype, problem.conv.layout, arguments.pool);
   return problem;
 }
 

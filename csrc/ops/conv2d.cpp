@@ -10,46 +10,6 @@
 #include "ops/result_memory.h"
 
 namespace cnnkernels {
-namespace ops {
-
-at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t groups) {
-  static const auto op = typed_operator<decltype(conv2d)>("cnnkernels::conv2d");
-  return op.call(input, weight, bias, stride, padding, dilation, groups);
-}
-
-at::Tensor conv2d_padding(const at::Tensor& input, const at::Tensor& weight,
-                          const OptionalTensor& bias, at::IntArrayRef stride,
-                          std::string_view padding, at::IntArrayRef dilation, int64_t groups) {
-  static const auto op = typed_operator<decltype(conv2d_padding)>("cnnkernels::conv2d", "padding");
-  return op.call(input, weight, bias, stride, padding, dilation, groups);
-}
-
-at::Tensor conv2d_relu(const at::Tensor& input, const at::Tensor& weight,
-                       const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                       at::IntArrayRef dilation, int64_t groups) {
-  static const auto op = typed_operator<decltype(conv2d_relu)>("cnnkernels::conv2d_relu");
-  return op.call(input, weight, bias, stride, padding, dilation, groups);
-}
-
-at::Tensor conv2d_relu_padding(const at::Tensor& input, const at::Tensor& weight,
-                               const OptionalTensor& bias, at::IntArrayRef stride,
-                               std::string_view padding, at::IntArrayRef dilation, int64_t groups) {
-  static const auto op =
-      typed_operator<decltype(conv2d_relu_padding)>("cnnkernels::conv2d_relu", "padding");
-  return op.call(input, weight, bias, stride, padding, dilation, groups);
-}
-
-TensorTriple conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                             const at::Tensor& weight, at::IntArrayRef stride,
-                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                             std::array<bool, 3> output_mask) {
-  static const auto op = typed_operator<decltype(conv2d_backward)>("cnnkernels::conv2d_backward");
-  return op.call(grad_output, input, weight, stride, padding, dilation, groups, output_mask);
-}
-
-}  // namespace ops
 
 PaddedInput pad_input(const char* op, const at::Tensor& input, const at::Tensor& weight,
                       at::IntArrayRef stride, std::string_view padding, at::IntArrayRef dilation) {

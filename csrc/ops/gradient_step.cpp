@@ -10,45 +10,6 @@
 #include "ops/step_operators.h"
 
 namespace cnnkernels {
-namespace ops {
-
-void gd_step_(at::TensorList params, at::TensorList grads, double lr) {
-  static const auto op =
-      typed_operator<void(at::TensorList, at::TensorList, double)>("cnnkernels::gd_step_");
-  op.call(params, grads, lr);
-}
-
-void gd_step_(at::TensorList params, at::TensorList grads, const at::Tensor& lr) {
-  using Signature = void(at::TensorList, at::TensorList, const at::Tensor&);
-  static const auto op = typed_operator<Signature>("cnnkernels::gd_step_", "tensor_lr");
-  op.call(params, grads, lr);
-}
-
-void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-               double weight_decay, double momentum, const at::Tensor& lr, double dampening,
-               bool nesterov, bool maximize, bool is_first_step, const OptionalTensor& grad_scale,
-               const OptionalTensor& found_inf) {
-  using Signature =
-      void(at::TensorList, at::TensorList, at::TensorList, double, double, const at::Tensor&,
-           double, bool, bool, bool, const OptionalTensor&, const OptionalTensor&);
-  static const auto op = typed_operator<Signature>("cnnkernels::sgd_step_", "tensor_lr");
-  op.call(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
-          maximize, is_first_step, grad_scale, found_inf);
-}
-
-void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-               double weight_decay, double momentum, double lr, double dampening, bool nesterov,
-               bool maximize, bool is_first_step, const OptionalTensor& grad_scale,
-               const OptionalTensor& found_inf) {
-  using Signature = void(at::TensorList, at::TensorList, at::TensorList, double, double, double,
-                         double, bool, bool, bool, const OptionalTensor&, const OptionalTensor&);
-  static const auto op = typed_operator<Signature>("cnnkernels::sgd_step_");
-  op.call(params, grads, momentum_buffers, weight_decay, momentum, lr, dampening, nesterov,
-          maximize, is_first_step, grad_scale, found_inf);
-}
-
-}  // namespace ops
-
 namespace {
 
 // As torch's in-place operations on leaves.

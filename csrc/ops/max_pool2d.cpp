@@ -5,50 +5,6 @@
 #include "ops/result_memory.h"
 
 namespace cnnkernels {
-namespace ops {
-
-at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                      at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
-  static const auto op = typed_operator<decltype(max_pool2d)>("cnnkernels::max_pool2d");
-  return op.call(input, kernel_size, stride, padding, dilation, ceil_mode);
-}
-
-TensorPair max_pool2d_with_indices(const at::Tensor& input, at::IntArrayRef kernel_size,
-                                   at::IntArrayRef stride, at::IntArrayRef padding,
-                                   at::IntArrayRef dilation, bool ceil_mode) {
-  static const auto op =
-      typed_operator<decltype(max_pool2d_with_indices)>("cnnkernels::max_pool2d_with_indices");
-  return op.call(input, kernel_size, stride, padding, dilation, ceil_mode);
-}
-
-TensorPair max_pool2d_argmax(const at::Tensor& input, at::IntArrayRef kernel_size,
-                             at::IntArrayRef stride, at::IntArrayRef padding,
-                             at::IntArrayRef dilation, bool ceil_mode) {
-  static const auto op =
-      typed_operator<decltype(max_pool2d_argmax)>("cnnkernels::max_pool2d_argmax");
-  return op.call(input, kernel_size, stride, padding, dilation, ceil_mode);
-}
-
-at::Tensor max_pool2d_backward(const at::Tensor& grad_output, const at::Tensor& argmax,
-                               c10::SymIntArrayRef input_size, at::IntArrayRef kernel_size,
-                               at::IntArrayRef stride, at::IntArrayRef padding,
-                               at::IntArrayRef dilation, bool ceil_mode) {
-  static const auto op =
-      typed_operator<decltype(max_pool2d_backward)>("cnnkernels::max_pool2d_backward");
-  return op.call(grad_output, argmax, input_size, kernel_size, stride, padding, dilation,
-                 ceil_mode);
-}
-
-at::Tensor max_pool2d_gather(const at::Tensor& input, const at::Tensor& argmax,
-                             at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                             at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
-  static const auto op =
-      typed_operator<decltype(max_pool2d_gather)>("cnnkernels::max_pool2d_gather");
-  return op.call(input, argmax, kernel_size, stride, padding, dilation, ceil_mode);
-}
-
-}  // namespace ops
-
 namespace {
 
 struct Cpu {

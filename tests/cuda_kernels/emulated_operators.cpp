@@ -21,6 +21,10 @@ TORCH_LIBRARY(cnnkernels_emulated, m) {
   m.def("conv2d_calls", [] { return kernel_calls().conv2d.load(); });
   m.def("conv2d_relu_calls", [] { return kernel_calls().conv2d_relu.load(); });
   m.def("conv2d_backward_calls", [] { return kernel_calls().conv2d_backward.load(); });
+  m.def("conv2d_relu_max_pool2d_calls",
+        [] { return kernel_calls().conv2d_relu_max_pool2d.load(); });
+  m.def("conv2d_relu_max_pool2d_backward_calls",
+        [] { return kernel_calls().conv2d_relu_max_pool2d_backward.load(); });
   m.def("max_pool2d_calls", [] { return kernel_calls().max_pool2d.load(); });
   m.def("max_pool2d_backward_calls", [] { return kernel_calls().max_pool2d_backward.load(); });
   m.def("max_pool2d_gather_calls", [] { return kernel_calls().max_pool2d_gather.load(); });

@@ -13,6 +13,7 @@ from cnnkernels import _native
 
 OPERATORS = (
     *("conv2d", "conv2d_relu", "conv2d_backward"),
+    *("conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"),
     *("max_pool2d", "max_pool2d_backward", "max_pool2d_gather"),
     *("gd_step_", "sgd_step_"),
 )
