@@ -311,6 +311,8 @@ MISTAKES = [
             "i * plane_bytes"),
     Mistake("wgmma: chunks past the last", WGMMA,
             "(channels + kProductDepth - 1) / kProductDepth", "kSlabProducts"),
+    Mistake("wgmma: bias of channels past the last", WGMMA,
+            "if (channel >= channels) continue;", "", build="sanitized"),
     Mistake("wgmma: weights at any address", WGMMA,
             "(-shared_address(shared) & (kSwizzleBytes - 1))", "0"),
     Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),

@@ -245,7 +245,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   const long cases = std::atol(argv[1]), convolutions = std::atol(argv[2]);
-  Random random(std::strtoull(argv[3], nullptr, 10));
+  const auto seed = std::strtoull(argv[3], nullptr, 10);
+  Random random(seed), random_wgmma(seed);
   try {
     check_architectures();
     check_conv2d_policies();
@@ -265,7 +266,7 @@ int main(int argc, char** argv) {
       check_conv2d_specials(random);
       check_block(random);
       check_planned_conv2d(random);
-      check_wgmma(random);
+      check_wgmma(random_wgmma);
     }
   } catch (const cuda_emulator::Error& error) {
     kernel_tests::expect(false, error.what());
