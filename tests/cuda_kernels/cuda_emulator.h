@@ -81,8 +81,7 @@ inline Schedule& schedule() {
 // What a launch may ask for; those of an H100.
 struct Limits {
   size_t static_shared_bytes = 48 * 1024;
-  size_t dynamic_shared_bytes = 48 * 1024;  // more only for a kernel that has asked, as none does
-  size_t shared_bytes = 227 * 1024;
+  size_t shared_bytes = 227 * 1024;  // both kinds; launch() asks for more than 48 KiB
 };
 inline Limits& limits() {
   static Limits chosen;
@@ -522,7 +521,7 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, const void
                    const std::function<void()>& kernel) {
   const bool fits = grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 &&
                     grid.z <= 65535 && size.count() > 0 && size.count() <= 1024 && size.z <= 64 &&
-                    dynamic_shared_bytes <= limits().dynamic_shared_bytes;
+                    dynamic_shared_bytes <= limits().shared_bytes;
   if (!fits) {
     throw Error("a grid of " + text(grid) + " blocks of " + text(size) + " threads with " +
                 std::to_string(dynamic_shared_bytes) +
