@@ -780,6 +780,14 @@ float element(uint32_t pair, int half) {
   return widen(T{static_cast<uint16_t>(pair >> (16 * half))});
 }
 
+// What the tensor cores add to a sum, they cut off.
+inline float cut_off(double sum) {
+  const float nearest = static_cast<float>(sum);
+  const bool beyond =
+      std::isfinite(nearest) && std::abs(static_cast<double>(nearest)) > std::abs(sum);
+  return beyond ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // d += a b for a_at(lane's operand, row, column) and b_at alike, of kDepth products a sum.
 template <int kDepth, class AAt, class BAt>
 void mma(const char* name, cuda_emulator::Site site, float (&d)[4], const uint32_t (&a)[4],
@@ -797,7 +805,7 @@ void mma(const char* name, cuda_emulator::Site site, float (&d)[4], const uint32
             for (int k = 0; k < kDepth; ++k) {
               sum += static_cast<double>(a_at(lanes, row, k)) * b_at(lanes, k, column);
             }
-            cuda_emulator::result_of<Sums>(own).values[i] = static_cast<float>(sum);
+            cuda_emulator::result_of<Sums>(own).values[i] = cut_off(sum);
           }
         }
       });

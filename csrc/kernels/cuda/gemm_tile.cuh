@@ -42,10 +42,14 @@ struct ProductsOfParts {
     for (int i = 0; i < 4; ++i) split(a[i], high_a[i], low_a[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) split(b[i], high_b[i], low_b[i]);
-    // The small ones first.
-    mma_m16n8k8_tf32(sums, low_a, high_b);
-    mma_m16n8k8_tf32(sums, high_a, low_b);
-    mma_m16n8k8_tf32(sums, high_a, high_b);
+    // The small ones first. Tensor cores cut off what they add to a sum, which a long chain would
+    // gather up; an addition rounds.
+    float short_sums[4] = {};
+    mma_m16n8k8_tf32(short_sums, low_a, high_b);
+    mma_m16n8k8_tf32(short_sums, high_a, low_b);
+    mma_m16n8k8_tf32(short_sums, high_a, high_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += short_sums[i];
   }
 
   __device__ static void split(uint32_t bits, uint32_t& high, uint32_t& low) {
