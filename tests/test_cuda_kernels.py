@@ -40,6 +40,7 @@ KERNEL_TESTS = [
     PROGRAM / "conv2d_tests.cpp",
     PROGRAM / "kernel_tests.cpp",
     PROGRAM / "plan_tests.cpp",
+    PROGRAM / "weight_gradient_tests.cpp",
 ]
 BUILDS = {"plain": ["-O1"], "sanitized": SANITIZE}
 # Of poolings, of steps and of plans; and of convolutions, each of which runs every kernel.

@@ -155,12 +155,6 @@ void check_all(Random& random, const Case& c) {
     cuda::weight_gradient_plain(p.dtype, forward, parts, grad_output.data(), input.data(),
                                 grad_weight, totals, nullptr);
   });
-  if (p.dtype != DType::float64) {
-    check_weight("implicit GEMM", [&](void* grad_weight, void* totals) {
-      cuda::weight_gradient_gemm(p.dtype, choice, forward, parts, grad_output.data(), input.data(),
-                                 grad_weight, totals, nullptr);
-    });
-  }
   check_weight("depthwise", [&](void* grad_weight, void* totals) {
     cuda::depthwise_weight_gradient(p.dtype, forward, parts, grad_output.data(), input.data(),
                                     grad_weight, totals, nullptr);

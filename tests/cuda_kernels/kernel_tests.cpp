@@ -16,6 +16,7 @@
 #include "problems.h"
 #include "schedules.h"
 #include "support.h"
+#include "weight_gradient_tests.h"
 
 namespace cuda_kernel_tests {
 namespace {
@@ -255,7 +256,12 @@ int main(int argc, char** argv) {
       check_foreign_argmax(random);
       check_gradient_step(random);
     }
-    for (long i = 0; i < convolutions; ++i) check_conv2d(random);
+    for (long i = 0; i < convolutions; ++i) {
+      check_conv2d(random);
+      check_weight_gradient(random);
+      check_weight_gradient(random);
+    }
+    if (convolutions > 0) check_weight_gradient_accuracy(random);
   } catch (const cuda_emulator::Error& error) {
     kernel_tests::expect(false, error.what());
   }

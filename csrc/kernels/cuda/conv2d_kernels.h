@@ -2,6 +2,8 @@
 // them. Pointers are to the problem's dtype; workspaces are aligned to 16 bytes.
 #pragma once
 
+#include <optional>
+
 #include "kernels/cuda/convolution_pass.h"
 
 namespace cnnkernels::cuda {
@@ -42,10 +44,25 @@ Error implicit_gemm_pass(DType dtype, const GemmChoice& choice, ConvolutionPass 
 int64_t weight_total_bytes(const ConvolutionPass& pass, int parts, DType dtype);
 // Pixels of a part but the last.
 int positions_of_part(const ConvolutionPass& pass, int parts);
-// Not of float64.
-Error weight_gradient_gemm(DType dtype, const GemmChoice& choice, const ConvolutionPass& pass,
-                           int parts, const void* gradient, const void* source, void* grad_weight,
-                           void* workspace, Stream stream);
+// How the weight gradient goes on tensor cores.
+struct WeightGradientChoice {
+  TensorProducts products;
+  bool gradient_contiguous, source_contiguous;  // as chunks_are_contiguous, of both
+  int row_warps, column_warps;                  // of a block's 16; the others divide the pixels
+  int results;                                  // pixels of a tile, at most; 0 where none fits
+  int parts;                                    // as many as make sense
+};
+// Pure functions. `alignment` is that of both tensors.
+WeightGradientChoice choose_weight_gradient(const ConvolutionPass& pass, DType dtype,
+                                            TensorProducts products, int64_t alignment,
+                                            const DeviceLimits& limits);
+// The shared memory that a block takes, or nothing if offsets do not have 32 bits.
+std::optional<int64_t> weight_gradient_shared_bytes(const ConvolutionPass& pass, DType dtype,
+                                                    const WeightGradientChoice& choice);
+// Not of float64; of a choice that fits.
+Error weight_gradient_gemm(DType dtype, const WeightGradientChoice& choice,
+                           const ConvolutionPass& pass, int parts, const void* gradient,
+                           const void* source, void* grad_weight, void* workspace, Stream stream);
 Error weight_gradient_plain(DType dtype, const ConvolutionPass& pass, int parts,
                             const void* gradient, const void* source, void* grad_weight,
                             void* workspace, Stream stream);

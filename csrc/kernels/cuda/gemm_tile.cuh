@@ -8,11 +8,11 @@
 
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/source_patch.cuh"
 
 namespace cnnkernels::cuda {
 
 constexpr int kSliceChunks = 4;
-constexpr int kChunkBytes = 16;
 constexpr int kSliceRowBytes = kSliceChunks * kChunkBytes;
 constexpr int kWarpColumns = 32;
 
@@ -38,10 +38,8 @@ struct ProductsOfParts {
   using Element = float;
   __device__ static void add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) split(a[i], high_a[i], low_a[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) split(b[i], high_b[i], low_b[i]);
+    split<false>(a, high_a, low_a);
+    split<false>(b, high_b, low_b);
     // The small ones first. Tensor cores cut off what they add to a sum, which a long chain would
     // gather up; an addition rounds.
     float short_sums[4] = {};
@@ -52,14 +50,36 @@ struct ProductsOfParts {
     for (int i = 0; i < 4; ++i) sums[i] += short_sums[i];
   }
 
-  __device__ static void split(uint32_t bits, uint32_t& high, uint32_t& low) {
-    high = to_tf32(bits);
-    low = to_tf32(__float_as_uint(__uint_as_float(bits) - __uint_as_float(high)));
+  // The same where operands may be infinite. Then add() gives NaN, of infinity less infinity in a
+  // low part, or times a low part of zero; the high parts alone give what floats do.
+  __device__ static void add_infinite(float (&sums)[4], const uint32_t (&a)[4],
+                                      const uint32_t (&b)[2]) {
+    uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
+    split<true>(a, high_a, low_a);
+    split<true>(b, high_b, low_b);
+    float large[4] = {};
+    mma_m16n8k8_tf32(large, high_a, high_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += large[i];
+    float small[4] = {};
+    mma_m16n8k8_tf32(small, low_a, high_b);
+    mma_m16n8k8_tf32(small, high_a, low_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += small[i] == small[i] ? small[i] : 0;
+  }
+
+  // x = high + low, of 11 and 12 bits, of which a product takes 11. Unless it is exact about NaN,
+  // its high part may be a number; its low part is NaN, as are the sums then.
+  template <bool kExactNan, int kCount>
+  __device__ static void split(const uint32_t (&bits)[kCount], uint32_t (&high)[kCount],
+                               uint32_t (&low)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      high[i] = kExactNan ? to_tf32(bits[i]) : (bits[i] + 0x1000u) & 0xffffe000u;
+      low[i] = __float_as_uint(__uint_as_float(bits[i]) - __uint_as_float(high[i]));
+    }
   }
 };
-
-template <class T>
-constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(T));
 
 // Where chunk `chunk` of row `row` lies in a slice.
 __device__ inline int chunk_place(int row, int chunk) {
