@@ -42,6 +42,7 @@ KERNEL_TESTS = [
     PROGRAM / "kernel_tests.cpp",
     PROGRAM / "plan_tests.cpp",
     PROGRAM / "wgmma_tests.cpp",
+    PROGRAM / "weight_gradient_tests.cpp",
 ]
 BUILDS = {"plain": ["-O1"], "sanitized": SANITIZE}
 # Of poolings, of steps and of plans; and of convolutions, each of which runs every kernel.
@@ -153,7 +154,7 @@ DIRECT = KERNELS / "conv2d_direct.cu"
 GEMM = KERNELS / "conv2d_implicit_gemm.cuh"
 PATCH = KERNELS / "source_patch.cuh"
 RESULTS = KERNELS / "tile_results.cuh"
-TILE = KERNELS / "gemm_tile.cuh"
+TENSOR_PRODUCTS = KERNELS / "tensor_products.cuh"
 WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
 DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
 WGMMA = KERNELS / "conv2d_wgmma.cu"
@@ -246,7 +247,8 @@ MISTAKES = [
             " && channel < pass.source_channels", "", build="sanitized"),
     Mistake("implicit GEMM: bias of channels past the last", GEMM,
             "if (column >= channels) continue;", "", build="sanitized"),
-    Mistake("products: a part is left out", TILE, "mma_m16n8k8_tf32(step, high_a, low_b);", "",
+    Mistake("products: a part is left out", TENSOR_PRODUCTS,
+            "mma_m16n8k8_tf32(short_sums, high_a, low_b);", "",
             source=PARTS),
     Mistake("implicit GEMM: parts of infinities", GEMM, " || result == result", " || true",
             source=PARTS),

@@ -224,12 +224,6 @@ void check_all(Random& random, const Case& c) {
     cuda::weight_gradient_plain(p.dtype, forward, parts, grad_output.data(), input.data(),
                                 grad_weight, totals, nullptr);
   });
-  if (p.dtype != DType::float64) {
-    check_weight("implicit GEMM", [&](void* grad_weight, void* totals) {
-      cuda::weight_gradient_gemm(p.dtype, choice, forward, parts, grad_output.data(), input.data(),
-                                 grad_weight, totals, nullptr);
-    });
-  }
   const int image_parts = static_cast<int>(random.between(1, p.batch));
   const Memory grad_bias(c.element, c.bias.shape, kVector, c.placement);
   const Scratch totals(cuda::bias_total_bytes(p, image_parts));

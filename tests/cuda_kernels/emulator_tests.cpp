@@ -151,7 +151,7 @@ void check_shared_memory() {
     CNNK_DYNAMIC_SHARED(float, none);
     none[0] = 0;
   });
-  expect_error("cannot be launched", 1, [] {}, 49 * 1024);
+  expect_error("cannot be launched", 1, [] {}, 228 * 1024);
   expect_error("cannot be launched", 1025, [] {});
   expect_error("cannot be launched", 0, [] {});
 }

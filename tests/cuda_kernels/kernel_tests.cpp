@@ -16,6 +16,7 @@
 #include "problems.h"
 #include "schedules.h"
 #include "support.h"
+#include "weight_gradient_tests.h"
 
 namespace cuda_kernel_tests {
 namespace {
@@ -260,10 +261,13 @@ int main(int argc, char** argv) {
       check_gradient_step(random);
     }
     check_conv2d_accuracy(random);
+    if (convolutions > 0) check_weight_gradient_accuracy(random);
     check_wgmma_cut();
     for (long i = 0; i < convolutions; ++i) {
       check_conv2d(random);
       check_conv2d_specials(random);
+      check_weight_gradient(random);
+      check_weight_gradient(random);
       check_block(random);
       check_planned_conv2d(random);
       check_wgmma(random_wgmma);

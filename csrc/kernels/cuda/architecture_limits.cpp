@@ -30,7 +30,7 @@ DeviceLimits architecture_limits(int compute_capability) {
       break;
     default:
       limits.threads_per_multiprocessor = 1024;
-      limits.shared_bytes_per_block = 48 * 1024;
+      limits.shared_bytes_per_block = kSharedBytesOfAll;
   }
   return limits;
 }

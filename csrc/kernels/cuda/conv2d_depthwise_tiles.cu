@@ -1,16 +1,19 @@
-// Depthwise convolution by 3x3, 5x5 and 7x7 kernels, forward and input gradient: depthwise_tiles.cuh.
+// Depthwise convolution by 3x3, 5x5 and 7x7 kernels, forward and input gradient:
+// depthwise_tiles.cuh.
 //
 // In planes a thread has the pixels of an access of 16 bytes, four rows of them: a 3x3 kernel reads
 // six rows with a neighbour on either side, 18 accesses for 32 results of 16 bits, and takes 13
-// instructions a result, of which 9 are the products. At the rate of a copy an H100 has time for 29.
-// Narrower rows and those that are not aligned have the pixels of seven rows, which 7, 14 and 28 are
-// multiples of. Lanes of a warp lie along a row, then along the rows of the plane, then the planes.
+// instructions a result, of which 9 are the products. At the rate of a copy an H100 has time
+// for 29. Narrower rows and those that are not aligned have the pixels of seven rows, which 7, 14
+// and 28 are multiples of. Lanes of a warp lie along a row, then along the rows of the plane, then
+// the planes.
 //
 // In NHWC a thread has 4 bytes of channels of 4x4 pixels, a warp 128 bytes of channels: the window
-// of a 3x3 kernel is 36 accesses for 32 results of 16 bits. The block's weights lie in shared memory.
+// of a 3x3 kernel is 36 accesses for 32 results of 16 bits. The block's weights lie in shared
+// memory.
 //
-// The input gradient at stride 1 is a turned kernel. At stride 2 a tile has its four residue classes,
-// which share the source pixels, and are written side by side.
+// The input gradient at stride 1 is a turned kernel. At stride 2 a tile has its four residue
+// classes, which share the source pixels, and are written side by side.
 #include <algorithm>
 
 #include "kernels/cuda/depthwise_tiles.cuh"
@@ -20,7 +23,9 @@ namespace {
 
 // Of a multiprocessor, so that registers suffice.
 template <class T>
-constexpr int kTileBlocks = T::kKernel == 3 ? 6 : T::kKernel == 5 ? 4 : 3;
+constexpr int kTileBlocks = T::kKernel == 3   ? 6
+                            : T::kKernel == 5 ? 4
+                                              : 3;
 // With 8 bytes of channels.
 template <class T>
 constexpr int kChannelTileBlocks = T::kKernel == 3 ? 3 : kTileBlocks<T>;
@@ -30,8 +35,8 @@ __device__ inline A finished(A sum, bool relu) {
   return relu && sum < A{0} ? A{0} : sum;  // and NaN stays
 }
 
-// Sums a tile's products, which begin at `added`, and calls store(y, sums of row y) as soon as a row
-// is complete, so that few sums are under way.
+// Sums a tile's products, which begin at `added`, and calls store(y, sums of row y) as soon as a
+// row is complete, so that few sums are under way.
 template <class T, class Tile, class Row, class Store, class A = Accumulator<T>>
 __device__ inline void sum_products(
     const typename Row::Place& place, const T* source, int row_stride, int first_row,
@@ -46,27 +51,27 @@ __device__ inline void sum_products(
       for (int v = 0; v < Row::kChannels; ++v) sums[y][x][v] = added[v];
     }
   }
-  for_each_row<T, Tile, Row>(
-      place, source, row_stride, first_row, source_height,
-      [&](int i, const A(&values)[Tile::kColumns][Row::kChannels]) {
+  for_each_row<T, Tile, Row>(place, source, row_stride, first_row, source_height,
+                             [&](int i, const A(&values)[Tile::kColumns][Row::kChannels]) {
 #pragma unroll
-        for (int y = 0; y < Tile::kHeight; ++y) {
-          if (!Tile::is_tap(Tile::tap(i, y))) continue;
-          const auto& row_weights = weights[Tile::tap(i, y)];
+                               for (int y = 0; y < Tile::kHeight; ++y) {
+                                 if (!Tile::is_tap(Tile::tap(i, y))) continue;
+                                 const auto& row_weights = weights[Tile::tap(i, y)];
 #pragma unroll
-          for (int x = 0; x < Tile::kWidth; ++x) {
+                                 for (int x = 0; x < Tile::kWidth; ++x) {
 #pragma unroll
-            for (int j = 0; j < Tile::kColumns; ++j) {
-              if (!Tile::is_tap(Tile::tap(j, x))) continue;
+                                   for (int j = 0; j < Tile::kColumns; ++j) {
+                                     if (!Tile::is_tap(Tile::tap(j, x))) continue;
 #pragma unroll
-              for (int v = 0; v < Row::kChannels; ++v) {
-                sums[y][x][v] += row_weights[Tile::tap(j, x)][v] * values[j][v];
-              }
-            }
-          }
-          if (Tile::is_last(i, y)) store(y, sums[y]);
-        }
-      });
+                                     for (int v = 0; v < Row::kChannels; ++v) {
+                                       sums[y][x][v] +=
+                                           row_weights[Tile::tap(j, x)][v] * values[j][v];
+                                     }
+                                   }
+                                 }
+                                 if (Tile::is_last(i, y)) store(y, sums[y]);
+                               }
+                             });
 }
 
 template <class T, class Tile, class Row>
@@ -93,8 +98,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Tile>)
   }
   source += int64_t{source_plane} * (g.source_height * g.source_width);
   result += int64_t{plane} * (g.result_height * g.result_width);
-  weight +=
-      group * g.weight_stride_group + channel * g.weight_stride_result + g.weight_first;
+  weight += group * g.weight_stride_group + channel * g.weight_stride_result + g.weight_first;
   A weights[Tile::kKernel][Tile::kKernel][1];
 #pragma unroll
   for (int r = 0; r < Tile::kKernel; ++r) {
@@ -136,7 +140,8 @@ __global__ void __launch_bounds__(kTileThreads, kChannelTileBlocks<Tile>)
   using A = Accumulator<T>;
   constexpr int kTaps = Tile::kKernel * Tile::kKernel;
   constexpr int kVector = Row::kChannels;
-  CNNK_SHARED(A, shared_weights, kTaps * kMostDepthwiseLanes * kVector);  // [tap][channel of the block]
+  CNNK_SHARED(A, shared_weights,
+              kTaps * kMostDepthwiseLanes * kVector);  // [tap][channel of the block]
   const int block_channels = static_cast<int>(blockDim.x) * kVector;
   const int first_channel = static_cast<int>(blockIdx.y) * block_channels;
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
@@ -162,9 +167,9 @@ __global__ void __launch_bounds__(kTileThreads, kChannelTileBlocks<Tile>)
   const int y = static_cast<int>(tile_row) * Tile::kHeight;
   const int x = static_cast<int>(tile - tile_row * g.row_tiles.value) * Tile::kWidth;
   source += int64_t{image} * (g.source_height * g.source_width) * g.groups + channel;
-  result += (int64_t{image} * (g.result_height * g.result_width) + y * g.result_width + x) *
-                g.groups +
-            channel;
+  result +=
+      (int64_t{image} * (g.result_height * g.result_width) + y * g.result_width + x) * g.groups +
+      channel;
   A weights[Tile::kKernel][Tile::kKernel][kVector];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
@@ -181,19 +186,20 @@ __global__ void __launch_bounds__(kTileThreads, kChannelTileBlocks<Tile>)
     added[v] = bias != nullptr ? to_accumulator(bias[channel + v]) : A{0};
   }
   const typename Row::Place place(x, g.first_column, g.groups, g.source_width);
-  sum_products<T, Tile, Row>(
-      place, source, g.source_width * g.groups, Tile::source(y, g.first_row), g.source_height,
-      weights, added, [&](int i, const A(&sums)[Tile::kWidth][kVector]) {
+  sum_products<T, Tile, Row>(place, source, g.source_width * g.groups, Tile::source(y, g.first_row),
+                             g.source_height, weights, added,
+                             [&](int i, const A(&sums)[Tile::kWidth][kVector]) {
 #pragma unroll
-        for (int j = 0; j < Tile::kWidth; ++j) {
-          A finals[kVector];
+                               for (int j = 0; j < Tile::kWidth; ++j) {
+                                 A finals[kVector];
 #pragma unroll
-          for (int v = 0; v < kVector; ++v) finals[v] = finished(sums[j][v], relu);
-          store_where(y + i < g.result_height && x + j < g.result_width, result + j * g.groups,
-                      from_accumulators<T>(finals));
-        }
-        result += g.result_width * g.groups;
-      });
+                                 for (int v = 0; v < kVector; ++v)
+                                   finals[v] = finished(sums[j][v], relu);
+                                 store_where(y + i < g.result_height && x + j < g.result_width,
+                                             result + j * g.groups, from_accumulators<T>(finals));
+                               }
+                               result += g.result_width * g.groups;
+                             });
 }
 
 struct Tensors {
@@ -215,9 +221,8 @@ Error launch_planes(DepthwiseTiles tiles, const Tensors& of, Stream stream) {
   tiles.cut(Tile::kHeight, Tile::kWidth);
   LaunchGrid grid;
   grid.block_x = kTileThreads;
-  grid.x = static_cast<unsigned>(ceil_div(int64_t{tiles.images} * tiles.all_channels.value *
-                                              tiles.plane_tiles.value,
-                                          kTileThreads));
+  grid.x = static_cast<unsigned>(ceil_div(
+      int64_t{tiles.images} * tiles.all_channels.value * tiles.plane_tiles.value, kTileThreads));
   return launch_tiles<T>(plane_tiles_kernel<T, Tile, Row>, grid, tiles, of, stream);
 }
 
@@ -230,8 +235,7 @@ Error launch_channels(DepthwiseTiles tiles, const Tensors& of, Stream stream) {
   grid.block_y = kTileThreads / grid.block_x;
   grid.x = static_cast<unsigned>(
       ceil_div(int64_t{tiles.images} * tiles.plane_tiles.value, grid.block_y));
-  grid.y =
-      static_cast<unsigned>(ceil_div(tiles.groups, int64_t{grid.block_x} * Row::kChannels));
+  grid.y = static_cast<unsigned>(ceil_div(tiles.groups, int64_t{grid.block_x} * Row::kChannels));
   return launch_tiles<T>(channel_tiles_kernel<T, Tile, Row>, grid, tiles, of, stream);
 }
 

@@ -20,13 +20,13 @@
 //
 // Weights are read where they lie if their source channels are chunks in one piece, and else from a
 // copy, [group][channel][tap][source channel], filled up to whole chunks with zeros. float32 is
-// multiplied in TF32, or in two TF32 parts (gemm_tile.cuh).
+// multiplied in TF32, or in two TF32 parts (tensor_products.cuh).
 #pragma once
 
 #include <algorithm>
 
 #include "kernels/cuda/conv2d_kernels.h"
-#include "kernels/cuda/gemm_tile.cuh"
+#include "kernels/cuda/tensor_products.cuh"
 #include "kernels/cuda/tile_results.cuh"
 
 namespace cnnkernels::cuda {

@@ -35,6 +35,9 @@ DeviceLimits architecture_limits(int compute_capability);
 // of this library, which may be built for other architectures.
 Error device_limits(int device, DeviceLimits* limits);
 
+// The shared memory of a block that every architecture has.
+constexpr int kSharedBytesOfAll = 48 * 1024;
+
 // How a kernel is launched. Grids are within what every architecture takes.
 struct LaunchGrid {
   unsigned x = 1, y = 1, z = 1;

@@ -37,6 +37,12 @@ Error launch(void (*kernel)(Parameters...), const LaunchGrid& grid, int shared_b
     if (error != cudaSuccess) return error;
   }
 #ifdef __CUDACC__
+  // What not every architecture has, a kernel has to ask for.
+  if (shared_bytes > kSharedBytesOfAll) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<blocks, threads, static_cast<size_t>(shared_bytes), stream>>>(
       static_cast<Parameters>(arguments)...);
 #else

@@ -79,6 +79,7 @@ __device__ inline void find_patch_pixels(const ConvolutionPass& pass, const Sour
                                          const PatchTile& tile, int* offsets) {
   const PatchPhase& own = patch.phases[tile.phase];
   const int pixels = patch.images * own.height * own.width;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < pixels; i += kThreads) {
     const int image = i / own.width / own.height;
     const int row =
