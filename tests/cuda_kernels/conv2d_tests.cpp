@@ -189,7 +189,6 @@ void check_all(Random& random, const Case& c) {
   const int columns = rows == 128 && random.chance(50) ? 128 : 64;
   const TensorProducts products =
       random.chance(50) ? TensorProducts::tf32 : TensorProducts::exact_parts;
-  const GemmChoice choice = cuda::make_gemm_choice(forward, p.dtype, rows, columns, products, 1);
 
   check_passes(c, input, grad_output, bias, "direct",
                [&](const ConvolutionPass& pass, const void* source, const void* added, void* result,

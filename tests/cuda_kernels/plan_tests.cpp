@@ -222,9 +222,14 @@ void check_weight_plan(const Conv2dProblem& p, const Conv2dPlan& plan, const Dev
   const int64_t columns = int64_t{pass.kernel_taps()} * pass.source_channels;
   const int64_t pixels = p.batch * p.out_height * p.out_width;
   expect(plan.parts >= 1 && plan.parts <= cuda::kMostBlocksYZ, "parts");
-  const int64_t of_part = cuda::positions_of_part(pass, plan.parts);
-  expect(plan.parts * of_part >= pixels, "parts cover all pixels");
-  expect(plan.parts == 1 || (plan.parts - 1) * of_part < pixels, "no part is empty");
+  if (plan.algorithm == Conv2dAlgorithm::implicit_gemm) {
+    const cuda::SourcePatch patch = cuda::make_source_patch(pass, plan.weight.results, nullptr);
+    expect(plan.parts <= patch.tiles, "a part has a tile");
+  } else {
+    const int64_t of_part = cuda::positions_of_part(pass, plan.parts);
+    expect(plan.parts * of_part >= pixels, "parts cover all pixels");
+    expect(plan.parts == 1 || (plan.parts - 1) * of_part < pixels, "no part is empty");
+  }
   expect(plan.workspace_bytes == cuda::weight_total_bytes(pass, plan.parts, p.dtype), "totals fit");
   expect(plan.parts == 1 || plan.workspace_bytes <= (int64_t{64} << 20), "totals are bounded");
   int64_t tile = 32;

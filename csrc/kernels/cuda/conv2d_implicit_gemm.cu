@@ -93,9 +93,7 @@ GemmChoice make_gemm_choice(const ConvolutionPass& pass, DType dtype, int rows, 
   const bool parts = dtype == DType::float32 && products == TensorProducts::exact_parts;
   choice.columns = parts ? std::min(columns, 64) : columns;
   choice.products = products;
-  choice.contiguous = pass.source_stride_c == 1 && alignment % kChunkBytes == 0 &&
-                      pass.source_channels * bytes % kChunkBytes == 0 &&
-                      pass.source_stride_w * bytes % kChunkBytes == 0;
+  choice.contiguous = chunks_are_contiguous(pass, bytes, alignment);
   choice.aligned = alignment % kVectorBytes == 0;
   choice.packs_weights = !weights_are_chunks(pass, bytes, alignment);
   return choice;

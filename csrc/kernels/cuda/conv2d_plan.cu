@@ -445,10 +445,17 @@ bool fusing_pays(const Conv2dReluMaxPool2dProblem& block, const Choice& native,
   return fused <= composed;
 }
 
+// An empty batch is explained as one image is, and never launched.
+Conv2dProblem never_empty(Conv2dProblem p) {
+  p.batch = std::max<int64_t>(1, p.batch);
+  return p;
+}
+
 }  // namespace
 
-Conv2dAlgorithm choose_conv2d(const Conv2dProblem& p, Conv2dPass pass, const DeviceLimits& limits,
-                              Conv2dPolicy policy) {
+Conv2dAlgorithm choose_conv2d(const Conv2dProblem& problem, Conv2dPass pass,
+                              const DeviceLimits& limits, Conv2dPolicy policy) {
+  const Conv2dProblem p = never_empty(problem);
   const Choice native = native_choice(p, pass, limits, policy);
   if (policy != Conv2dPolicy::automatic || native.algorithm == Conv2dAlgorithm::sum) {
     return native.algorithm;
@@ -457,8 +464,9 @@ Conv2dAlgorithm choose_conv2d(const Conv2dProblem& p, Conv2dPass pass, const Dev
   return ratio.is_ahead() ? native.algorithm : Conv2dAlgorithm::aten;
 }
 
-Conv2dPlan plan_conv2d(const Conv2dProblem& p, Conv2dPass pass, int64_t alignment,
+Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Conv2dPass pass, int64_t alignment,
                        const DeviceLimits& limits, Conv2dPolicy policy) {
+  const Conv2dProblem p = never_empty(problem);
   Conv2dPlan plan = {};
   plan.algorithm = choose_conv2d(p, pass, limits, policy);
   if (plan.algorithm == Conv2dAlgorithm::aten) {

@@ -164,6 +164,12 @@ SourcePatch fixed_source_patch(const ConvolutionPass& pass, int rows, int column
   return patch;
 }
 
+bool chunks_are_contiguous(const ConvolutionPass& pass, int64_t element_bytes, int64_t alignment) {
+  return pass.source_stride_c == 1 && alignment % kVectorBytes == 0 &&
+         pass.source_channels * element_bytes % kVectorBytes == 0 &&
+         pass.source_stride_w * element_bytes % kVectorBytes == 0;
+}
+
 bool pools_in_block(const MaxPool2dProblem& p) {
   // The stride of a single window is set to 1 on the way here, and is none.
   const auto halves = [](int64_t stride, int64_t windows) {

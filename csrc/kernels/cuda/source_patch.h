@@ -38,6 +38,9 @@ struct SourcePatch {
   PatchTap taps[kMostPassTaps];
 };
 
+// Whether every 16 bytes of a source pixel's channels lie in one piece, and aligned.
+bool chunks_are_contiguous(const ConvolutionPass& pass, int64_t element_bytes, int64_t alignment);
+
 // Whether the blocks of a convolution pool their results: square windows of 2x2 or 3x3 at stride 2.
 bool pools_in_block(const MaxPool2dProblem& pool);
 constexpr int kBlockPoolStride = 2;

@@ -50,7 +50,7 @@ double tile_clocks(const WeightGradientTile& tile, const SourcePatch& patch,
   const bool parts = element_bytes == 4 && choice.products == TensorProducts::exact_parts;
   const double products = warp_steps * slots * 4 * (parts ? 6 : element_bytes == 4 ? 2 : 1);
   double accesses = warp_steps * (element_bytes == 4 ? 2 : 1) * (4 + slots);
-  const double gradient = static_cast<double>(tile.gradient_planes) * patch.results();
+  const double gradient = static_cast<double>(tile.gradient_planes) * patch.results;
   const double source = static_cast<double>(tile.source_planes) * patch.pixels;
   // Elements one by one, and stored as chunks.
   const double pieces =
@@ -104,7 +104,7 @@ WeightGradientTile weight_gradient_tile(const ConvolutionPass& pass, const Sourc
   const int64_t tiles = tiles_of(pass);
   tile.column_blocks = static_cast<int>(ceil_div(tiles, column_warps * kWarpTiles));
   tile.columns = static_cast<int>(ceil_div(tiles, tile.column_blocks));
-  tile.steps = static_cast<int>(ceil_div(patch.results(), kStepPixels));
+  tile.steps = static_cast<int>(ceil_div(patch.results, kStepPixels));
   const int elements = kChunk / static_cast<int>(element_bytes);
   tile.gradient_planes = row_warps * kWarpChannels / elements;
   tile.source_planes = chunks_of_block(pass, tile) * kTileChannels / elements;
