@@ -213,8 +213,8 @@ __device__ inline void multiply_step(const unsigned char* shared, const WarpShar
 // other: that is rare, and registers are short.
 template <class Products, bool kInfinite>
 __device__ inline void multiply_step_float(const unsigned char* shared, const WarpShare& own,
-                                           int gradients, const int* places, int patch, int lane,
-                                           WeightSums& sums) {
+                                           int gradients, const int* places,
+                                           const LanePlaces& at_lane, int lane, WeightSums& sums) {
   constexpr int kRows = kInfinite ? 1 : 2;  // of products at once
 #pragma unroll 1
   for (int eight = 0; eight < kStepPixels; eight += 8) {
@@ -235,7 +235,7 @@ __device__ inline void multiply_step_float(const unsigned char* shared, const Wa
         }
         const int place = places[pixel + 4 * half];
         exists[half] = place != kOutside;
-        of_patch[half] = patch + place;
+        of_patch[half] = at_lane.patch + place;
       }
 #pragma unroll
       for (int three = 0; three < kWarpTiles / kTilesAtOnce; ++three) {
@@ -279,7 +279,9 @@ __global__ void __launch_bounds__(kWeightThreads)
   constexpr bool kParts = Products::kParts > 1;
   if (!kAmpere) return;
   CNNK_DYNAMIC_SHARED(unsigned char, shared);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x);
+  // Of unsigned numbers, of which halves and quarters take one instruction.
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   // In front are the zeros of a pixel that does not exist, and what is not worth a register.
   struct Front {
     uint32_t zeros[kChunkBytes / 4];
@@ -443,11 +445,11 @@ __global__ void __launch_bounds__(kWeightThreads)
         if constexpr (kHalves) {
           multiply_step<Products>(shared, own, first, tile.gradient_plane, places, lane, sums);
         } else if (kParts && front.infinite != 0) {
-          multiply_step_float<Products, kParts>(shared, own, first, places, front.lanes[lane].patch,
-                                                lane, sums);
+          multiply_step_float<Products, kParts>(shared, own, first, places, front.lanes[lane], lane,
+                                                sums);
         } else {
-          multiply_step_float<Products, false>(shared, own, first, places, front.lanes[lane].patch,
-                                               lane, sums);
+          multiply_step_float<Products, false>(shared, own, first, places, front.lanes[lane], lane,
+                                               sums);
         }
         if constexpr (!kContiguous) {
           if constexpr (!kParts) held.store(shared);
