@@ -212,15 +212,18 @@ void add_products(const Matrix& a, const Matrix& b, unsigned thread, float* sums
 
 // All lanes of a warp are at the same instruction, with the same operands.
 inline void aligned(const char* name, cuda_emulator::Site site, uint64_t a = 0, uint64_t b = 0) {
-  struct Operands {
+  const struct Operands {
+    const char* name;
+    cuda_emulator::Site site;
     uint64_t a, b;
-  };
+  } operands = {name, site, a, b};
+  // One reference, so that nothing is left on the heap by a thread that is never resumed.
   cuda_emulator::collective<int>(
-      name, site, 0xffffffffu, Operands{a, b}, [&](const Collective::Lanes& lanes) {
+      name, site, 0xffffffffu, operands, [&operands](const Collective::Lanes& lanes) {
         for (const Collective* const lane : lanes) {
           const auto& own = cuda_emulator::operand_of<Operands>(lane);
-          if (own.a != a || own.b != b) {
-            throw cuda_emulator::Error(std::string(name) + " at " + site.text() +
+          if (own.a != operands.a || own.b != operands.b) {
+            throw cuda_emulator::Error(std::string(operands.name) + " at " + operands.site.text() +
                                        ": lanes have different descriptors");
           }
         }

@@ -494,7 +494,6 @@ void check_box_copies() {
   refuses({2, elements, {16, 0}, {32}, {8, 4}, false}, "no rows");
   refuses({2, elements, {72, 4}, {144}, {72, 4}, true}, "swizzled rows of 144 bytes");
   refuses({2, elements + 4, {16, 4}, {32}, {8, 4}, false}, "elements at 8 bytes");
-  refuses({6, elements, {16, 4}, {32}, {8, 4}, false}, "six dimensions");
 }
 
 // A product of 64 rows of A, whose rows of eight lie some bytes apart, and kColumns swizzled rows
