@@ -150,9 +150,14 @@ DIRECT = KERNELS / "conv2d_direct.cu"
 GEMM = KERNELS / "conv2d_implicit_gemm.cu"
 WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
 DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
+TILES = KERNELS / "conv2d_depthwise_tiles.cu"
+TILE_WEIGHT = KERNELS / "conv2d_depthwise_weight.cu"
+TILE_ROWS = KERNELS / "depthwise_tiles.cuh"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
 WINNER = KERNELS / "max_pool2d_device.cuh"
+# Headers of kernels, and the source that is compiled with their mistakes.
+HEADERS = {WINNER: WINDOWS, TILE_ROWS: TILES}
 
 MISTAKES = [
     Mistake("step: stores past the end", STEP, "if (i >= end) break;", "", nth=1,
@@ -213,6 +218,37 @@ MISTAKES = [
     Mistake("implicit GEMM: a lane is left out", GEMM, "0xffffffffu", "0x7fffffffu"),
     Mistake("weight gradient: no barrier before reading", WEIGHT, "__syncthreads();", "", nth=1),
     Mistake("depthwise: no barrier", DEPTHWISE, "__syncthreads();", ""),
+    Mistake("tiles: no barrier", TILES, "__syncthreads();", ""),
+    Mistake("tiles: rows outside of the image", TILE_ROWS,
+            "static_cast<unsigned>(first_row + i) < static_cast<unsigned>(source_height)", "true"),
+    Mistake("tiles: columns outside of it", TILE_ROWS,
+            "static_cast<unsigned>(column_ + i) < static_cast<unsigned>(source_width)", "true"),
+    Mistake("tiles: left of the row", TILE_ROWS, "has_left_(column_ > 0)", "has_left_(true)"),
+    Mistake("tiles: right of the row", TILE_ROWS, "column_ + kOwn < source_width", "true"),
+    Mistake("tiles: rows past the last", TILES, "exists = y + i < g.result_height",
+            "exists = true"),
+    Mistake("tiles: columns past the last", TILES, "exists && x + j < g.result_width", "exists"),
+    Mistake("tiles: rows of pixels past the last", TILES, "exists = y + i < g.result_height",
+            "exists = true", nth=-1),
+    Mistake("tiles: pixels past the last", TILES, "exists && x + j < g.result_width", "exists",
+            nth=-1),
+    Mistake("tiles: planes past the last", TILES,
+            "if (image >= static_cast<uint32_t>(g.images)) return;", ""),
+    Mistake("tiles: images past the last", TILES,
+            " || image >= static_cast<uint32_t>(g.images)", ""),
+    Mistake("tiles: channels past the last", TILES, "channel >= g.groups || ", "",
+            build="sanitized"),
+    Mistake("tile sums: no barrier", TILE_WEIGHT, "__syncthreads();", ""),
+    Mistake("tile sums: no barrier before reading", TILE_WEIGHT, "__syncthreads();", "", nth=1),
+    Mistake("tile sums: no barrier before writing", TILE_WEIGHT, "__syncthreads();", "", nth=-1),
+    Mistake("tile sums: a lane is left out", TILE_WEIGHT, "0xffffffffu", "0x7fffffffu"),
+    Mistake("tile sums: results that do not exist", TILE_WEIGHT, "if (!exists(y, x)) continue;",
+            ""),
+    Mistake("tile sums: tiles past the last", TILE_WEIGHT,
+            "begin + tiles_per_part < tiles ? begin + tiles_per_part : tiles",
+            "begin + tiles_per_part"),
+    Mistake("tile sums: channels past the last", TILE_WEIGHT,
+            "if (first_channel + own_channel < g.groups)", "if (true)"),
     Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),
     Mistake("sum: no barrier before writing", SUM, "__syncthreads();", "", nth=-1),
     Mistake("sum: a lane is left out", SUM, "(kAllLanes, value", "(kAllLanes >> 1, value"),
@@ -237,8 +273,8 @@ def mistaken_unit(mistake: Mistake, folder: Path, flags: list[str]) -> Unit:
         # The file beside the source is found first, so that the source comes along.
         source = folder / EMULATOR_TESTS.name
         source.write_text(EMULATOR_TESTS.read_text(encoding="utf-8"), encoding="utf-8")
-    elif mistake.file == WINNER:
-        source = WINDOWS
+    elif mistake.file in HEADERS:
+        source = HEADERS[mistake.file]
         nested = folder / "kernels" / "cuda"
         nested.mkdir(parents=True)
         own.rename(nested / own.name)
@@ -271,8 +307,8 @@ def test_mistakes_are_found(build: Programs, mistake: Mistake, mistaken: dict[st
     if mistake.file in (SUM, PRODUCT):
         command = build.emulator_tests(made.stem, made)
     else:
-        source = WINDOWS if mistake.file == WINNER else mistake.file
-        of_convolution = mistake.file in (DIRECT, GEMM, WEIGHT, DEPTHWISE)
+        source = HEADERS.get(mistake.file, mistake.file)
+        of_convolution = source in (DIRECT, GEMM, WEIGHT, DEPTHWISE, TILES, TILE_WEIGHT)
         cases, convolutions = (0, 12) if of_convolution else (100, 0)
         command = build.kernel_tests(made.stem, cases, convolutions, {source: made})
     done = run(command)

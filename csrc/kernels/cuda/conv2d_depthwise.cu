@@ -1,8 +1,8 @@
 // Convolution of one channel a group, or few: forward, input gradient and weight gradient.
 //
-// There is next to nothing to sum over but the taps, so that memory is the limit. The common kernels
-// have kernels of their own, which make tiles: depthwise_tiles.h. Those here are for all others:
-// groups of some channels, dilations, other kernels and strides, float64. In planes (NCHW)
+// There is next to nothing to sum over but the taps, so that memory is the limit. The common
+// kernels have kernels of their own, which make tiles: depthwise_tiles.h. Those here are for all
+// others: groups of some channels, dilations, other kernels and strides, float64. In planes (NCHW)
 // a block has one result channel of a group: its weights lie in shared memory, its threads take
 // neighbouring pixels, and the taps that pixels share meet in the first-level cache. In NHWC, with
 // one channel a group, a thread has 16 bytes of channels of four neighbouring pixels: for each tap
@@ -197,8 +197,8 @@ Error launch_planes(ConvolutionPass& pass, const void* source, const void* weigh
                 relu);
 }
 
-// Vectors of channels of channels_kernel's block: the widest that keeps its weights in shared memory,
-// and half of its threads busy.
+// Vectors of channels of channels_kernel's block: the widest that keeps its weights in shared
+// memory, and half of its threads busy.
 int block_vectors(const ConvolutionPass& pass, int64_t element_bytes) {
   const int64_t width = kVectorBytes / element_bytes;
   int vectors = 32;
@@ -264,7 +264,8 @@ int depthwise_weight_parts(DType dtype, const ConvolutionPass& pass, int multipr
   int64_t blocks = channels, block_pixels = kDepthwiseThreads * kThreadPixels;
   const auto tiles = depthwise_tiles(pass, dtype, kVectorBytes);
   if (tiles && tiles->channels_last) {
-    const int64_t vectors = channels / depthwise_vector_channels(tiles->kernel, element_size(dtype));
+    const int64_t vectors =
+        channels / depthwise_vector_channels(tiles->kernel, element_size(dtype));
     const int64_t lanes = depthwise_lanes(static_cast<int>(vectors));
     blocks = ceil_div(vectors, lanes);
     block_pixels = kTileThreads / lanes * kThreadPixels;

@@ -8,8 +8,8 @@
 namespace cnnkernels::cuda {
 namespace {
 
-// Whether all taps of a pass at one source pixel a result, or several, are those of a kernel without
-// dilation, in their order or turned.
+// Whether all taps of a pass at one source pixel a result, or several, are those of a kernel
+// without dilation, in their order or turned.
 bool set_taps(const ConvolutionPass& pass, DepthwiseTiles& tiles) {
   const int count = pass.kernel_taps(), last = pass.kernel_width - 1;
   if (pass.phase_count != 1 || pass.phases[0].taps != count) return false;
@@ -62,8 +62,8 @@ int own_columns(const DepthwiseTiles& tiles, int64_t element_bytes, int64_t alig
     return tiles.source_width % columns == 0 &&
            alignment % (std::max(columns, results) * element_bytes) == 0;
   };
-  const int widest = widest_own_columns(tiles.kernel, tiles.source_step, tiles.transposed,
-                                        element_bytes);
+  const int widest =
+      widest_own_columns(tiles.kernel, tiles.source_step, tiles.transposed, element_bytes);
   const int narrow = narrow_own_columns(tiles.transposed);
   if (fits(widest)) return widest;
   if (narrow < widest && fits(narrow)) return narrow;
@@ -102,8 +102,8 @@ std::optional<DepthwiseTiles> depthwise_tiles(const ConvolutionPass& pass, DType
   tiles.source_width = pass.source_width;
   for (int i = 0; i < pass.phase_count; ++i) {
     const PassPhase& phase = pass.phases[i];
-    tiles.result_height = std::max(tiles.result_height,
-                                   phase.first_row + (phase.rows - 1) * pass.result_step_h + 1);
+    tiles.result_height =
+        std::max(tiles.result_height, phase.first_row + (phase.rows - 1) * pass.result_step_h + 1);
     tiles.result_width = std::max(
         tiles.result_width, phase.first_column + (phase.columns - 1) * pass.result_step_w + 1);
   }

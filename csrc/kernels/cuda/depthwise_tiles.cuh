@@ -6,6 +6,8 @@
 // when elements are read, a row's and a column's alike; what is outside is zero.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/elements.cuh"
 
@@ -31,8 +33,7 @@ struct Tile {
   }
   // Whether no later row of the window meets a result.
   static constexpr bool is_last(int row, int result) {
-    return is_tap(tap(row, result)) &&
-           (row + 1 == kRows || !is_tap(tap(row + 1, result)));
+    return is_tap(tap(row, result)) && (row + 1 == kRows || !is_tap(tap(row + 1, result)));
   }
   static constexpr bool is_tap(int tap) { return tap >= 0 && tap < kKernel; }
   __device__ static int source(int result, int first) {
@@ -170,8 +171,7 @@ class PixelRow {
 // are read some turns before that.
 template <class T, class Tile, class Row, class Body>
 __device__ inline void for_each_row(const typename Row::Place& place, const T* source,
-                                    int row_stride, int first_row, int source_height,
-                                    Body&& body) {
+                                    int row_stride, int first_row, int source_height, Body&& body) {
   constexpr int kAhead = kRowsAhead<Tile, Row>;
   Row rows[kAhead];
   const T* next = source + int64_t{first_row} * row_stride + Row::first_element(place);

@@ -19,16 +19,15 @@ struct Divisor {
   Divisor() = default;
   explicit Divisor(int64_t divisor) : value(static_cast<uint32_t>(divisor)) {
     while ((uint64_t{1} << shift) < value) ++shift;
-    multiplier =
-        static_cast<uint32_t>((((uint64_t{1} << shift) - value) << 32) / value + 1);
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - value) << 32) / value + 1);
   }
   constexpr uint32_t quotient(uint32_t number) const {
     return (static_cast<uint32_t>((uint64_t{number} * multiplier) >> 32) + number) >> shift;
   }
 };
 
-// Weight (r, s) of a channel counts from the source pixel of a result, which is `first` and on; of a
-// turned kernel the strides are negative.
+// Weight (r, s) of a channel counts from the source pixel of a result, which is `first` and on; of
+// a turned kernel the strides are negative.
 struct DepthwiseTiles {
   int kernel;       // height and width
   int source_step;  // 1 or 2

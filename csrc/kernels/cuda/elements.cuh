@@ -81,8 +81,8 @@ __device__ inline void store_vector(T* elements, const Vector<T, kCount>& vector
 }
 
 // Reads 2, 4, 8 or 16 bytes in one access, of global memory that is not written meanwhile, or sets
-// zeros where a bound says so: a load under a predicate. Of an `if` the compiler makes branches, and
-// computes the address anew in each.
+// zeros where a bound says so: a load under a predicate. Of an `if` the compiler makes branches,
+// and computes the address anew in each.
 constexpr int words_of(int bytes) { return bytes < 4 ? 1 : bytes / 4; }
 template <int kBytes>
 __device__ inline void load_or_zero(const void* from, uint32_t exists,
@@ -157,9 +157,9 @@ __device__ inline void store_where(uint32_t exists, T* elements, const Vector<T,
     uint32_t words[kBytes / 4];
     memcpy(words, &vector, kBytes);
     if constexpr (kBytes == 4) {
-      asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(
-                       elements),
-                   "r"(words[0]), "r"(exists));
+      asm volatile(
+          "{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(elements),
+          "r"(words[0]), "r"(exists));
     } else if constexpr (kBytes == 8) {
       asm volatile(
           "{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}" ::"l"(
