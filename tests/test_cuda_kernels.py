@@ -157,6 +157,9 @@ RESULTS = KERNELS / "tile_results.cuh"
 TENSOR_PRODUCTS = KERNELS / "tensor_products.cuh"
 WEIGHT = KERNELS / "conv2d_weight_gradient.cu"
 DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
+TILES = KERNELS / "conv2d_depthwise_tiles.cu"
+TILE_WEIGHT = KERNELS / "conv2d_depthwise_weight.cu"
+TILE_ROWS = KERNELS / "depthwise_tiles.cuh"
 WGMMA = KERNELS / "conv2d_wgmma.cu"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
@@ -168,6 +171,7 @@ SOURCE_OF = {
     GEMM: KERNELS / "conv2d_implicit_gemm_float16.cu",
     PATCH: KERNELS / "conv2d_implicit_gemm_float16.cu",
     RESULTS: KERNELS / "conv2d_implicit_gemm_float16.cu",
+    TILE_ROWS: TILES,
 }
 PARTS = KERNELS / "conv2d_implicit_gemm_tf32_parts.cu"
 
@@ -317,6 +321,37 @@ MISTAKES = [
             "if (channel >= channels) continue;", "", build="sanitized"),
     Mistake("wgmma: weights at any address", WGMMA,
             "(-shared_address(shared) & (kSwizzleBytes - 1))", "0"),
+    Mistake("tiles: no barrier", TILES, "__syncthreads();", ""),
+    Mistake("tiles: rows outside of the image", TILE_ROWS,
+            "static_cast<unsigned>(first_row + i) < static_cast<unsigned>(source_height)", "true"),
+    Mistake("tiles: columns outside of it", TILE_ROWS,
+            "static_cast<unsigned>(column_ + i) < static_cast<unsigned>(source_width)", "true"),
+    Mistake("tiles: left of the row", TILE_ROWS, "has_left_(column_ > 0)", "has_left_(true)"),
+    Mistake("tiles: right of the row", TILE_ROWS, "column_ + kOwn < source_width", "true"),
+    Mistake("tiles: rows past the last", TILES, "exists = y + i < g.result_height",
+            "exists = true"),
+    Mistake("tiles: columns past the last", TILES, "exists && x + j < g.result_width", "exists"),
+    Mistake("tiles: rows of pixels past the last", TILES, "exists = y + i < g.result_height",
+            "exists = true", nth=-1),
+    Mistake("tiles: pixels past the last", TILES, "exists && x + j < g.result_width", "exists",
+            nth=-1),
+    Mistake("tiles: planes past the last", TILES,
+            "if (image >= static_cast<uint32_t>(g.images)) return;", ""),
+    Mistake("tiles: images past the last", TILES,
+            " || image >= static_cast<uint32_t>(g.images)", ""),
+    Mistake("tiles: channels past the last", TILES, "channel >= g.groups || ", "",
+            build="sanitized"),
+    Mistake("tile sums: no barrier", TILE_WEIGHT, "__syncthreads();", ""),
+    Mistake("tile sums: no barrier before reading", TILE_WEIGHT, "__syncthreads();", "", nth=1),
+    Mistake("tile sums: no barrier before writing", TILE_WEIGHT, "__syncthreads();", "", nth=-1),
+    Mistake("tile sums: a lane is left out", TILE_WEIGHT, "0xffffffffu", "0x7fffffffu"),
+    Mistake("tile sums: results that do not exist", TILE_WEIGHT, "if (!exists(y, x)) continue;",
+            ""),
+    Mistake("tile sums: tiles past the last", TILE_WEIGHT,
+            "begin + tiles_per_part < tiles ? begin + tiles_per_part : tiles",
+            "begin + tiles_per_part"),
+    Mistake("tile sums: channels past the last", TILE_WEIGHT,
+            "if (first_channel + own_channel < g.groups)", "if (true)"),
     Mistake("sum: no barrier before reading", SUM, "__syncthreads();", ""),
     Mistake("sum: no barrier before writing", SUM, "__syncthreads();", "", nth=-1),
     Mistake("sum: a lane is left out", SUM, "(kAllLanes, value", "(kAllLanes >> 1, value"),

@@ -1,38 +1,37 @@
 // Depthwise convolution by 3x3, 5x5 and 7x7 kernels, forward and input gradient:
 // depthwise_tiles.cuh.
 //
-// In planes a thread has the pixels of an access of 16 bytes, four rows of them: a 3x3 kernel reads
-// six rows with a neighbour on either side, 18 accesses for 32 results of 16 bits, and takes 13
-// instructions a result, of which 9 are the products. At the rate of a copy an H100 has time
-// for 29. Narrower rows and those that are not aligned have the pixels of seven rows, which 7, 14
-// and 28 are multiples of. Lanes of a warp lie along a row, then along the rows of the plane, then
-// the planes.
+// In planes a thread has the pixels of an access of 16 bytes in seven rows, of which 7, 14, 28, 56
+// and 112 are multiples: a 3x3 kernel reads nine rows with a neighbour on either side, 27 accesses
+// for 56 results of 16 bits, and takes 17 instructions a result, of which 9 are the products. At
+// the rate of a copy an H100 has time for 29. Rows of 28 and 14 pixels have narrower accesses, and
+// those that are not aligned have their pixels one by one, two a thread, so that stores of a warp
+// stay together. Lanes of a warp lie along a row, then along the rows of the plane, then the
+// planes.
 //
-// In NHWC a thread has 4 bytes of channels of 4x4 pixels, a warp 128 bytes of channels: the window
-// of a 3x3 kernel is 36 accesses for 32 results of 16 bits. The block's weights lie in shared
-// memory.
+// In NHWC a thread has 8 bytes of channels of 4x4 pixels, and 16 lanes 128 bytes of channels: the
+// window of a 3x3 kernel is 36 accesses for 64 results of 16 bits, 19 instructions a result. The
+// block's weights come through shared memory.
 //
 // The input gradient at stride 1 is a turned kernel. At stride 2 a tile has its four residue
-// classes, which share the source pixels, and are written side by side.
-#include <algorithm>
-
+// classes, which share the source pixels and are written side by side.
 #include "kernels/cuda/depthwise_tiles.cuh"
 
 namespace cnnkernels::cuda {
 namespace {
 
-// Of a multiprocessor, so that registers suffice.
+// Of a multiprocessor, so that registers suffice: in planes, and in NHWC.
 template <class T>
-constexpr int kTileBlocks = T::kKernel == 3   ? 6
-                            : T::kKernel == 5 ? 4
-                                              : 3;
-// With 8 bytes of channels.
+constexpr int kPlaneBlocks = T::kKernel == 3   ? 5
+                             : T::kKernel == 5 ? 4
+                                               : 2;
 template <class T>
-constexpr int kChannelTileBlocks = T::kKernel == 3 ? 3 : kTileBlocks<T>;
+constexpr int kChannelBlocks = T::kKernel == 7 || T::kSourceStep * T::kKernel == 10 ? 2 : 3;
 
-template <class A>
+// A gradient has no ReLU.
+template <class Tile, class A>
 __device__ inline A finished(A sum, bool relu) {
-  return relu && sum < A{0} ? A{0} : sum;  // and NaN stays
+  return !Tile::kTransposed && relu && sum < A{0} ? A{0} : sum;  // and NaN stays
 }
 
 // Sums a tile's products, which begin at `added`, and calls store(y, sums of row y) as soon as a
@@ -75,7 +74,7 @@ __device__ inline void sum_products(
 }
 
 template <class T, class Tile, class Row>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<Tile>)
+__global__ void __launch_bounds__(kTileThreads, kPlaneBlocks<Tile>)
     plane_tiles_kernel(const __grid_constant__ DepthwiseTiles g, const T* __restrict__ source,
                        const T* __restrict__ weight, const T* __restrict__ bias,
                        T* __restrict__ result, bool relu) {
@@ -111,29 +110,29 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Tile>)
 
   const typename Row::Place place(x, g.first_column, 1, g.source_width);
   T* row = result + y * g.result_width + x;
-  sum_products<T, Tile, Row>(
-      place, source, g.source_width, Tile::source(y, g.first_row), g.source_height, weights, added,
-      [&](int i, const A(&sums)[Tile::kWidth][1]) {
-        A finals[Tile::kWidth];
+  const auto store = [&](int i, const A(&sums)[Tile::kWidth][1]) {
+    A finals[Tile::kWidth];
 #pragma unroll
-        for (int j = 0; j < Tile::kWidth; ++j) finals[j] = finished(sums[j][0], relu);
-        const auto values = from_accumulators<T>(finals);
-        const bool exists = y + i < g.result_height;
-        if constexpr (Row::kWhole) {
-          store_where(exists, row, values);
-        } else {
+    for (int j = 0; j < Tile::kWidth; ++j) finals[j] = finished<Tile>(sums[j][0], relu);
+    const auto values = from_accumulators<T>(finals);
+    const bool exists = y + i < g.result_height;
+    if constexpr (Row::kWhole) {
+      store_where(exists, row, values);
+    } else {
 #pragma unroll
-          for (int j = 0; j < Tile::kWidth; ++j) {
-            store_where<1>(exists && x + j < g.result_width, row + j, Vector<T, 1>{values[j]});
-          }
-        }
-        row += g.result_width;
-      });
+      for (int j = 0; j < Tile::kWidth; ++j) {
+        store_where(exists && x + j < g.result_width, row + j, Vector<T, 1>{values[j]});
+      }
+    }
+    row += g.result_width;
+  };
+  sum_products<T, Tile, Row>(place, source, g.source_width, Tile::source(y, g.first_row),
+                             g.source_height, weights, added, store);
 }
 
 // NHWC. Threads: x channels, in vectors; y tiles.
 template <class T, class Tile, class Row>
-__global__ void __launch_bounds__(kTileThreads, kChannelTileBlocks<Tile>)
+__global__ void __launch_bounds__(kTileThreads, kChannelBlocks<Tile>)
     channel_tiles_kernel(const __grid_constant__ DepthwiseTiles g, const T* __restrict__ source,
                          const T* __restrict__ weight, const T* __restrict__ bias,
                          T* __restrict__ result, bool relu) {
@@ -186,20 +185,20 @@ __global__ void __launch_bounds__(kTileThreads, kChannelTileBlocks<Tile>)
     added[v] = bias != nullptr ? to_accumulator(bias[channel + v]) : A{0};
   }
   const typename Row::Place place(x, g.first_column, g.groups, g.source_width);
+  const auto store = [&](int i, const A(&sums)[Tile::kWidth][kVector]) {
+    const bool exists = y + i < g.result_height;
+#pragma unroll
+    for (int j = 0; j < Tile::kWidth; ++j) {
+      A finals[kVector];
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) finals[v] = finished<Tile>(sums[j][v], relu);
+      store_where(exists && x + j < g.result_width, result + j * g.groups,
+                  from_accumulators<T>(finals));
+    }
+    result += g.result_width * g.groups;
+  };
   sum_products<T, Tile, Row>(place, source, g.source_width * g.groups, Tile::source(y, g.first_row),
-                             g.source_height, weights, added,
-                             [&](int i, const A(&sums)[Tile::kWidth][kVector]) {
-#pragma unroll
-                               for (int j = 0; j < Tile::kWidth; ++j) {
-                                 A finals[kVector];
-#pragma unroll
-                                 for (int v = 0; v < kVector; ++v)
-                                   finals[v] = finished(sums[j][v], relu);
-                                 store_where(y + i < g.result_height && x + j < g.result_width,
-                                             result + j * g.groups, from_accumulators<T>(finals));
-                               }
-                               result += g.result_width * g.groups;
-                             });
+                             g.source_height, weights, added, store);
 }
 
 struct Tensors {

@@ -6,6 +6,8 @@
 // when elements are read, a row's and a column's alike; what is outside is zero.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/elements.cuh"
 
