@@ -56,9 +56,24 @@ PassShape shape_of(const Conv2dProblem& p, Conv2dPass pass) {
 
 // ---- Which kernels take a pass.
 
-// mma.sync with asynchronous copies; there is none of float64 here.
-bool gemm_applies(const Conv2dProblem& p, const DeviceLimits& limits) {
-  return limits.compute_capability >= 80 && p.dtype != DType::float64;
+TensorProducts products_of(const Conv2dProblem& p) {
+  return p.precision == Float32Precision::high ? TensorProducts::tf32 : TensorProducts::exact_parts;
+}
+
+bool multiplies_parts(const Conv2dProblem& p) {
+  return p.dtype == DType::float32 && products_of(p) == TensorProducts::exact_parts;
+}
+
+// mma.sync with asynchronous copies; there is none of float64 here. Products of parts are as near
+// to float64 as a chain of floats from some ten products a sum on: shorter ones round less often.
+bool gemm_applies(const Conv2dProblem& p, const PassShape& shape, Conv2dPass pass,
+                  const DeviceLimits& limits) {
+  constexpr double kLeastProducts = 16;
+  const double products = pass == Conv2dPass::weight_gradient
+                              ? static_cast<double>(shape.pixels)
+                              : static_cast<double>(shape.channels) * shape.taps;
+  const bool is_exact = !multiplies_parts(p) || products >= kLeastProducts;
+  return limits.compute_capability >= 80 && p.dtype != DType::float64 && is_exact;
 }
 
 // Few channels a group: as many results for an element of the source as its sums keep up with.
@@ -74,10 +89,6 @@ bool one_channel_a_group(const PassShape& shape) {
 
 // Up to four channels, whose patches are mostly gaps in tiles of 16 bytes of channels.
 bool is_first_layer(const Conv2dProblem& p) { return p.groups == 1 && p.in_channels <= 4; }
-
-TensorProducts products_of(const Conv2dProblem& p) {
-  return p.precision == Float32Precision::high ? TensorProducts::tf32 : TensorProducts::exact_parts;
-}
 
 // ---- Estimates, in cycles of a multiprocessor. Rates are products a cycle.
 
@@ -175,7 +186,7 @@ double gemm_cycles(const Conv2dProblem& p, const PassShape& shape, const DeviceL
 
 // The sums and parts of 128 x 128 results are more registers than a thread has.
 GemmTile gemm_tile(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits) {
-  const bool parts = p.dtype == DType::float32 && products_of(p) == TensorProducts::exact_parts;
+  const bool parts = multiplies_parts(p);
   GemmTile best = kGemmTiles[0];
   for (const GemmTile& tile : kGemmTiles) {
     if (parts && tile.columns > 64) continue;
@@ -317,11 +328,12 @@ struct Choice {
 
 Choice cheaper(Choice a, Choice b) { return b.cycles < a.cycles ? b : a; }
 
-Choice fastest_of_pass(const Conv2dProblem& p, const PassShape& shape, const DeviceLimits& limits) {
+Choice fastest_of_pass(const Conv2dProblem& p, const PassShape& shape, Conv2dPass pass,
+                       const DeviceLimits& limits) {
   const Choice depthwise = {Conv2dAlgorithm::depthwise, depthwise_cycles(shape, limits)};
   if (one_channel_a_group(shape) && depthwise_applies(shape)) return depthwise;
   Choice fastest = {Conv2dAlgorithm::direct, direct_cycles(p, shape, limits)};
-  if (gemm_applies(p, limits)) {
+  if (gemm_applies(p, shape, pass, limits)) {
     const GemmTile tile = gemm_tile(p, shape, limits);
     fastest =
         cheaper(fastest, {Conv2dAlgorithm::implicit_gemm, gemm_cycles(p, shape, limits, tile)});
@@ -331,10 +343,11 @@ Choice fastest_of_pass(const Conv2dProblem& p, const PassShape& shape, const Dev
 
 Choice fastest_of_weight(const Conv2dProblem& p, const PassShape& shape,
                          const DeviceLimits& limits) {
+  constexpr Conv2dPass pass = Conv2dPass::weight_gradient;
   const Choice depthwise = {Conv2dAlgorithm::depthwise, depthwise_cycles(shape, limits)};
   if (one_channel_a_group(shape) && depthwise_applies(shape)) return depthwise;
   Choice fastest = {Conv2dAlgorithm::plain, weight_plain_cycles(p, shape, limits)};
-  if (gemm_applies(p, limits)) {
+  if (gemm_applies(p, shape, pass, limits)) {
     fastest =
         cheaper(fastest, {Conv2dAlgorithm::implicit_gemm, weight_gemm_cycles(p, shape, limits)});
   }
@@ -350,13 +363,13 @@ Choice native_choice(const Conv2dProblem& p, Conv2dPass pass, const DeviceLimits
   if (policy == Conv2dPolicy::direct) {
     return {of_weight ? Conv2dAlgorithm::plain : Conv2dAlgorithm::direct, 0};
   }
-  if (policy == Conv2dPolicy::implicit_gemm && gemm_applies(p, limits)) {
+  if (policy == Conv2dPolicy::implicit_gemm && gemm_applies(p, shape, pass, limits)) {
     return {Conv2dAlgorithm::implicit_gemm, 0};
   }
   if (policy == Conv2dPolicy::depthwise && depthwise_applies(shape)) {
     return {Conv2dAlgorithm::depthwise, 0};
   }
-  return of_weight ? fastest_of_weight(p, shape, limits) : fastest_of_pass(p, shape, limits);
+  return of_weight ? fastest_of_weight(p, shape, limits) : fastest_of_pass(p, shape, pass, limits);
 }
 
 // ---- The sizes.

@@ -64,16 +64,15 @@ struct ProductsOfParts {
     for (int i = 0; i < 4; ++i) sums[i] += small[i] == small[i] ? small[i] : 0;
   }
 
-  // x = high + low. Unless it is exact about NaN, its high part may be a number; its low part is
-  // NaN, as are the sums then. The low part is rounded, since a product would cut it off, by up to
-  // three units of a float's last place: that shows in sums of few products.
+  // x = high + low, of 11 and 12 bits, of which a product takes 11. Unless it is exact about NaN,
+  // its high part may be a number; its low part is NaN, as are the sums then.
   template <bool kExactNan, int kCount>
   __device__ static void split(const uint32_t (&bits)[kCount], uint32_t (&high)[kCount],
                                uint32_t (&low)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       high[i] = kExactNan ? to_tf32(bits[i]) : (bits[i] + 0x1000u) & 0xffffe000u;
-      low[i] = to_tf32(__float_as_uint(__uint_as_float(bits[i]) - __uint_as_float(high[i])));
+      low[i] = __float_as_uint(__uint_as_float(bits[i]) - __uint_as_float(high[i]));
     }
   }
 };
