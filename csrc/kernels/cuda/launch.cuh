@@ -20,9 +20,6 @@
 
 namespace cnnkernels::cuda {
 
-// Dynamic shared memory that a kernel has without being asked for.
-constexpr int kUnaskedSharedBytes = 48 * 1024;
-
 // Starts kernel(arguments...) on the stream, and returns what the launch returned.
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), const LaunchGrid& grid, int shared_bytes, Stream stream,
@@ -31,18 +28,13 @@ Error launch(void (*kernel)(Parameters...), const LaunchGrid& grid, int shared_b
                 "more arguments than a kernel takes");
   const dim3 blocks(grid.x, grid.y, grid.z);
   const dim3 threads(grid.block_x, grid.block_y, grid.block_z);
-  if (shared_bytes > kUnaskedSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-#ifdef __CUDACC__
   // What not every architecture has, a kernel has to ask for.
   if (shared_bytes > kSharedBytesOfAll) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
+#ifdef __CUDACC__
   kernel<<<blocks, threads, static_cast<size_t>(shared_bytes), stream>>>(
       static_cast<Parameters>(arguments)...);
 #else
