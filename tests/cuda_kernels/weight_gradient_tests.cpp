@@ -89,7 +89,8 @@ WeightGradientChoice draw_choice(Random& random, const ConvolutionPass& pass, DT
     choice.row_warps = static_cast<int>(one_of(random, {1, 2, 4}));
     choice.column_warps = static_cast<int>(one_of(random, {1, 2, 4, 8}));
     choice.results = static_cast<int>(random.between(1, 16) * 32);
-    choice.parts = static_cast<int>(random.between(1, 5));
+    choice.parts =
+        static_cast<int>(random.chance(70) ? random.between(1, 5) : random.between(8, 40));
     const std::optional<int64_t> bytes = cuda::weight_gradient_shared_bytes(pass, dtype, choice);
     if (choice.row_warps * choice.column_warps <= 16 && bytes && *bytes <= kMostSharedBytes) {
       return choice;
