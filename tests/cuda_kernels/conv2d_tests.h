@@ -8,6 +8,9 @@ namespace cuda_kernel_tests {
 // Every kernel that takes one random convolution: its three passes and its bias's gradient.
 void check_conv2d(kernel_tests::Random& random);
 
+// The depthwise kernels on a random convolution that is one.
+void check_depthwise(kernel_tests::Random& random);
+
 // The kernels of the fused block on a random one.
 void check_block(kernel_tests::Random& random);
 

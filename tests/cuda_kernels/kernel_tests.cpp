@@ -1,6 +1,8 @@
 // Checks every CUDA kernel on the emulator against naive loops in double, and the plans.
 //
-//   usage: PROGRAM CASES CONVOLUTIONS SEED
+//   usage: PROGRAM SEED [--first] CHECK=TIMES...
+//
+// Each check has random numbers of its own. With --first the first failure ends it.
 //
 // Numbers are so small that all results are exact: they must be equal.
 #include <cmath>
@@ -239,41 +241,70 @@ void check_gradient_step(Random& random) {
 }  // namespace
 }  // namespace cuda_kernel_tests
 
-int main(int argc, char** argv) {
+namespace {
+
+using Check = void (*)(kernel_tests::Random&);
+
+void check_fixed(kernel_tests::Random&) {
+  cuda_kernel_tests::check_architectures();
+  cuda_kernel_tests::check_conv2d_policies();
+  cuda_kernel_tests::check_wgmma_cut();
+}
+
+Check find_check(const std::string& name) {
   using namespace cuda_kernel_tests;
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: %s CASES CONVOLUTIONS SEED\n", argv[0]);
-    return 2;
+  const std::pair<const char*, Check> checks[] = {
+      {"fixed", check_fixed},
+      {"step_plan", check_step_plan},
+      {"pool_plan", check_pool_plan},
+      {"conv2d_plan", check_conv2d_plan},
+      {"block_plan", check_block_plan},
+      {"max_pool2d", check_max_pool2d},
+      {"foreign_argmax", check_foreign_argmax},
+      {"gradient_step", check_gradient_step},
+      {"conv2d", check_conv2d},
+      {"planned_conv2d", check_planned_conv2d},
+      {"specials", check_conv2d_specials},
+      {"accuracy", check_conv2d_accuracy},
+      {"block", check_block},
+      {"weight_gradient", check_weight_gradient},
+      {"weight_accuracy", check_weight_gradient_accuracy},
+      {"depthwise", check_depthwise},
+      {"wgmma", check_wgmma},
+  };
+  for (const auto& [known, check] : checks) {
+    if (name == known) return check;
   }
-  const long cases = std::atol(argv[1]), convolutions = std::atol(argv[2]);
-  const auto seed = std::strtoull(argv[3], nullptr, 10);
-  Random random(seed), random_wgmma(seed);
+  return nullptr;
+}
+
+void run_check(Check check, long times, uint64_t seed, bool only_first) {
+  kernel_tests::Random random(seed);
   try {
-    check_architectures();
-    check_conv2d_policies();
-    for (long i = 0; i < cases; ++i) {
-      check_step_plan(random);
-      check_pool_plan(random);
-      check_conv2d_plan(random);
-      check_block_plan(random);
-      check_max_pool2d(random);
-      check_foreign_argmax(random);
-      check_gradient_step(random);
-    }
-    check_conv2d_accuracy(random);
-    if (convolutions > 0) check_weight_gradient_accuracy(random);
-    check_wgmma_cut();
-    for (long i = 0; i < convolutions; ++i) {
-      check_conv2d(random);
-      check_conv2d_specials(random);
-      check_weight_gradient(random);
-      check_weight_gradient(random);
-      check_block(random);
-      check_planned_conv2d(random);
-      check_wgmma(random_wgmma);
-    }
+    for (long i = 0; i < times && !(only_first && kernel_tests::failures() > 0); ++i) check(random);
   } catch (const cuda_emulator::Error& error) {
     kernel_tests::expect(false, error.what());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
+  bool only_first = false;
+  for (int i = 2; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const size_t equals = argument.find('=');
+    if (argument == "--first") {
+      only_first = true;
+    } else if (const Check check = find_check(argument.substr(0, equals));
+               check != nullptr && equals != std::string::npos) {
+      run_check(check, std::atol(argument.c_str() + equals + 1), seed, only_first);
+    } else {
+      std::fprintf(stderr, "%s is no check; usage: %s SEED [--first] CHECK=TIMES...\n", argv[i],
+                   argv[0]);
+      return 2;
+    }
   }
   return kernel_tests::report();
 }

@@ -209,6 +209,8 @@ void expect_holds(const Memory& memory, const Tensor& expected, const std::strin
   expect(wrong == 0, message.str());
 }
 
+int64_t failures() { return failure_count; }
+
 int report() {
   std::printf("checks: %lld\nfailures: %lld\n", static_cast<long long>(check_count),
               static_cast<long long>(failure_count));

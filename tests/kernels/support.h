@@ -102,6 +102,8 @@ void expect(bool condition, const std::string& what);
 // Equal, with NaN equal to NaN, after rounding `expected` to the elements.
 void expect_holds(const Memory& memory, const Tensor& expected, const std::string& what);
 
+// How many checks have failed so far.
+int64_t failures();
 // Prints how many checks there were and how many failed; returns what main() is to.
 int report();
 

@@ -1,4 +1,4 @@
-// Depthwise convolution by 3x3, 5x5 and 7x7 kernels, forward and input gradient:
+// Depthwise convolution by 3x3 and 5x5 kernels, forward and input gradient:
 // depthwise_tiles.cuh.
 //
 // In planes a thread has the pixels of an access of 16 bytes in seven rows, of which 7, 14, 28, 56
@@ -22,11 +22,9 @@ namespace {
 
 // Of a multiprocessor, so that registers suffice: in planes, and in NHWC.
 template <class T>
-constexpr int kPlaneBlocks = T::kKernel == 3   ? 5
-                             : T::kKernel == 5 ? 4
-                                               : 2;
+constexpr int kPlaneBlocks = T::kKernel == 3 ? 5 : 4;
 template <class T>
-constexpr int kChannelBlocks = T::kKernel == 7 || T::kSourceStep * T::kKernel == 10 ? 2 : 3;
+constexpr int kChannelBlocks = T::kSourceStep * T::kKernel == 10 ? 2 : 3;
 
 // A gradient has no ReLU.
 template <class Tile, class A>
@@ -246,7 +244,7 @@ Error launch_kernel(const DepthwiseTiles& tiles, const Tensors& of, Stream strea
   // Planes of 7, 14, 28, 56 and 112 rows are whole tiles.
   constexpr int kPlaneHeight = kTransposed ? 14 : 7;
   if (tiles.channels_last) {
-    constexpr int kHeight = 4, kWidth = kStep == 2 ? 2 : kKernel == 7 ? 8 : 4;
+    constexpr int kHeight = 4, kWidth = kStep == 2 ? 2 : 4;
     return launch_channels<T, Tile<kKernel, kStep, kTransposed, kHeight, kWidth>>(tiles, of,
                                                                                   stream);
   }
@@ -262,7 +260,7 @@ Error launch_kernel(const DepthwiseTiles& tiles, const Tensors& of, Stream strea
       return launch_own(std::integral_constant<int, kNarrow>{}, Height{});
     }
   }
-  if constexpr (has_paired_columns(kKernel, kStep, kTransposed)) {
+  if constexpr (has_paired_columns(kStep, kTransposed)) {
     if (tiles.own_columns == 2) {
       return launch_own(std::integral_constant<int, 2>{},
                         std::integral_constant<int, 2 * kPlaneHeight>{});
@@ -282,9 +280,8 @@ Error launch_type(const DepthwiseTiles& tiles, const Tensors& of, Stream stream)
     return tiles.kernel == 3 ? launch_kernel<T, 3, 2, false>(tiles, of, stream)
                              : launch_kernel<T, 5, 2, false>(tiles, of, stream);
   }
-  return tiles.kernel == 3   ? launch_kernel<T, 3, 1, false>(tiles, of, stream)
-         : tiles.kernel == 5 ? launch_kernel<T, 5, 1, false>(tiles, of, stream)
-                             : launch_kernel<T, 7, 1, false>(tiles, of, stream);
+  return tiles.kernel == 3 ? launch_kernel<T, 3, 1, false>(tiles, of, stream)
+                           : launch_kernel<T, 5, 1, false>(tiles, of, stream);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Weight gradient of depthwise convolutions by 3x3, 5x5 and 7x7 kernels: depthwise_tiles.cuh.
+// Weight gradient of depthwise convolutions by 3x3 and 5x5 kernels: depthwise_tiles.cuh.
 //
 // All taps of a kernel are summed in registers, in one pass over the pixels: a thread reads a tile
 // of gradients and the window of the source below it, and each element of the source meets all of
@@ -22,8 +22,7 @@ constexpr int kWeightBlocks = T::kKernel == 3                          ? 5
                               : T::kKernel == 5 && T::kSourceStep == 1 ? 3
                                                                        : 2;
 // In NHWC.
-template <class T>
-constexpr int kChannelWeightBlocks = T::kKernel == 7 ? 2 : 3;
+constexpr int kChannelWeightBlocks = 3;
 
 // Where a tile's gradients lie, and how many of its results exist.
 template <class T>
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(kTileThreads, kWeightBlocks<Tile>)
 // NHWC. Threads: x channels, in vectors; y tiles. The sums of a block's threads y meet in shared
 // memory, one row of taps after the other.
 template <class T, class Tile, class Row>
-__global__ void __launch_bounds__(kTileThreads, kChannelWeightBlocks<Tile>)
+__global__ void __launch_bounds__(kTileThreads, kChannelWeightBlocks)
     channel_weight_kernel(const __grid_constant__ DepthwiseTiles g, const T* __restrict__ gradient,
                           const T* __restrict__ source, Accumulator<T>* totals,
                           uint32_t tiles_per_part) {
@@ -262,7 +261,7 @@ Error launch_kernel(const DepthwiseTiles& tiles, const Tensors& of, Stream strea
   constexpr int kNarrow = narrow_own_columns(false);
   constexpr int kHeight = 7;  // planes of 7, 14, 28, 56 and 112 rows are whole tiles
   if (tiles.channels_last) {
-    using Channels = Tile<kKernel, kStep, false, kStep == 2 ? 4 : kHeight, kKernel == 7 ? 4 : 2>;
+    using Channels = Tile<kKernel, kStep, false, kStep == 2 ? 4 : kHeight, 2>;
     return launch_channels<T, Channels>(tiles, of, stream);
   }
   if (tiles.own_columns == kWide) {
@@ -285,9 +284,8 @@ Error launch_type(const DepthwiseTiles& tiles, const Tensors& of, Stream stream)
     return tiles.kernel == 3 ? launch_kernel<T, 3, 2>(tiles, of, stream)
                              : launch_kernel<T, 5, 2>(tiles, of, stream);
   }
-  return tiles.kernel == 3   ? launch_kernel<T, 3, 1>(tiles, of, stream)
-         : tiles.kernel == 5 ? launch_kernel<T, 5, 1>(tiles, of, stream)
-                             : launch_kernel<T, 7, 1>(tiles, of, stream);
+  return tiles.kernel == 3 ? launch_kernel<T, 3, 1>(tiles, of, stream)
+                           : launch_kernel<T, 5, 1>(tiles, of, stream);
 }
 
 }  // namespace

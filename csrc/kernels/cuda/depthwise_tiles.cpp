@@ -88,8 +88,7 @@ std::optional<DepthwiseTiles> depthwise_tiles(const ConvolutionPass& pass, DType
   if (pass.weight_stride_r > kMostStride || pass.weight_stride_s > kMostStride) return std::nullopt;
   if (dtype == DType::float64 || pass.source_channels != 1 || pass.kernel_height != kernel ||
       pass.source_step_h != step || pass.result_step_h != pass.result_step_w ||
-      (kernel != 3 && kernel != 5 && (kernel != 7 || step != 1 || transposed)) || step > 2 ||
-      pass.result_step_w > 2) {
+      (kernel != 3 && kernel != 5) || step > 2 || pass.result_step_w > 2) {
     return std::nullopt;
   }
   DepthwiseTiles tiles = {};

@@ -44,7 +44,7 @@ struct Tile {
 // Rows of a window that are read ahead of the one that is multiplied: a multiprocessor then waits
 // for 30 KiB or more.
 template <class Tile, class Row>
-constexpr int kRowsAhead = Tile::kKernel == 7 || Row::kChannels > 1 ? 2 : 3;
+constexpr int kRowsAhead = Row::kChannels > 1 ? 2 : 3;
 
 constexpr int power_of_two(int least) {
   int power = 1;

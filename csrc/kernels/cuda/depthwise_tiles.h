@@ -62,13 +62,11 @@ constexpr int widest_own_columns(int kernel, int step, bool transposed, int64_t 
 }
 constexpr int narrow_own_columns(bool transposed) { return transposed ? 2 : 4; }
 // Those of 14 are in pairs.
-constexpr bool has_paired_columns(int kernel, int step, bool transposed) {
-  return kernel < 7 && step == 1 && !transposed;
-}
+constexpr bool has_paired_columns(int step, bool transposed) { return step == 1 && !transposed; }
 
 // Channels of a thread in NHWC: 8 bytes, or as many as have their weights in registers.
 constexpr int depthwise_vector_channels(int kernel, int64_t element_bytes) {
-  return kernel == 3 ? static_cast<int>(8 / element_bytes) : kernel == 5 ? 2 : 1;
+  return kernel == 3 ? static_cast<int>(8 / element_bytes) : 2;
 }
 constexpr int kMostDepthwiseLanes = 16;
 constexpr int kTileThreads = 128;  // of a block

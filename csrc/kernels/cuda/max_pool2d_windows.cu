@@ -31,6 +31,9 @@ __device__ inline TapRange taps_inside(int start, int size, int kernel, int dila
   return {begin, end < kernel ? end : kernel};
 }
 
+// All taps of these windows take all registers, so that another kernel clips them.
+constexpr int kClipless = 5;
+
 template <class T, class Tap, int kWidth, bool kArgmax, int kWindow, bool kDilated>
 __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     windows_forward_kernel(PoolGeometry g, const T* input, T* output, Tap* argmax) {
@@ -83,7 +86,9 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     if constexpr (kArgmax) {
       Vector<Tap, kWidth> taps;
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) taps[v] = static_cast<Tap>(saved_tap(g, winners[v]));
+      for (int v = 0; v < kWidth; ++v)
+        taps[v] =
+            static_cast<Tap>(kWindow == kClipless ? winners[v].tap : saved_tap(g, winners[v]));
       store_vector<kWidth>(argmax + window, taps);
     }
   }
@@ -255,7 +260,7 @@ int square_window(const MaxPool2dProblem& p) {
 }
 
 template <class T, class Tap, int kWidth, bool kArgmax>
-auto forward_kernel(const MaxPool2dProblem& problem) {
+auto forward_kernel(const MaxPool2dProblem& problem, bool clips) {
   if (is_dilated(problem)) {
     return windows_forward_kernel<T, Tap, kWidth, kArgmax, kAnyWindow, true>;
   }
@@ -266,7 +271,9 @@ auto forward_kernel(const MaxPool2dProblem& problem) {
       case 3:
         return windows_forward_kernel<T, Tap, kWidth, kArgmax, 3, false>;
       case 5:
-        if constexpr (kWidth == 1) return windows_forward_kernel<T, Tap, 1, kArgmax, 5, false>;
+        if constexpr (kWidth == 1) {
+          if (!clips) return windows_forward_kernel<T, Tap, 1, kArgmax, kClipless, false>;
+        }
     }
   }
   return windows_forward_kernel<T, Tap, kWidth, kArgmax, kAnyWindow, false>;
@@ -297,8 +304,8 @@ Error windows_forward(const MaxPool2dProblem& problem, const MaxPool2dPlan& plan
     using T = decltype(element);
     using Tap = decltype(tap);
     constexpr int kWidth = decltype(width)::value;
-    const auto pool = argmax != nullptr ? forward_kernel<T, Tap, kWidth, true>(problem)
-                                        : forward_kernel<T, Tap, kWidth, false>(problem);
+    const auto pool = argmax != nullptr ? forward_kernel<T, Tap, kWidth, true>(problem, clips)
+                                        : forward_kernel<T, Tap, kWidth, false>(problem, clips);
     error =
         launch(pool, plan.forward, 0, stream, PoolGeometry(problem, clips),
                static_cast<const T*>(input), static_cast<T*>(output), static_cast<Tap*>(argmax));
