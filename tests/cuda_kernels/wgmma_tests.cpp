@@ -37,9 +37,9 @@ Conv2dProblem random_problem(Random& random) {
     p.dtype = random.chance(50) ? DType::float16 : DType::bfloat16;
     p.layout = Layout::nhwc;
     p.batch = random.between(1, 2);
-    p.groups = random.chance(70) ? 1 : random.between(2, 3);
+    p.groups = random.chance(50) ? 1 : random.between(2, 3);
     const int64_t any = p.groups * random.between(1, random.chance(70) ? 64 : 150);
-    p.in_channels = random.chance(80) ? random_channels(random, p.groups) : any;
+    p.in_channels = p.groups > 1 || random.chance(80) ? random_channels(random, p.groups) : any;
     p.out_channels = random.chance(50) ? random_channels(random, p.groups) : any;
     p.in_height = random.between(1, 40);
     p.in_width = random.between(1, 24);
