@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Whether to try what a change of a CUDA kernel calls for, beyond what every run does: every mistake
+# and every architecture.
+TEST_ALL = os.environ.get("CNNKERNELS_TEST_ALL", "") not in ("", "0")
 # What is left out costs most of the compile time and finds what AddressSanitizer finds.
 SANITIZE = shlex.split(
     "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined "

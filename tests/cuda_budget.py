@@ -334,9 +334,12 @@ def measure_source(
 
 
 def measure_folder(
-    toolkit: Toolkit, folder: Path = SOURCES, include: Path = INCLUDE
+    toolkit: Toolkit,
+    folder: Path = SOURCES,
+    include: Path = INCLUDE,
+    architectures: Iterable[str] = ARCHITECTURES,
 ) -> list[Kernel]:
-    """Return the kernels of a folder's sources on all architectures; two compilers run at once."""
+    """Return the kernels of a folder's sources on architectures; two compilers run at once."""
     sources = sorted(folder.glob("*.cu"))
     if not sources:
         raise BudgetError(f"there is no .cu file in {folder}")
@@ -344,7 +347,7 @@ def measure_folder(
     def measure(job: tuple[Path, str]) -> list[Kernel]:
         return measure_source(toolkit, *job, include)
 
-    jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+    jobs = [(source, architecture) for source in sources for architecture in architectures]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         return [kernel for kernels in pool.map(measure, jobs) for kernel in kernels]
 

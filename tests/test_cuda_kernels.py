@@ -7,7 +7,6 @@ purpose here, one mistake at a time.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pytest
 from compiling import (
     ROOT,
     SANITIZE,
+    TEST_ALL,
     Unit,
     compile_units,
     find_compiler,
@@ -56,8 +56,6 @@ CHECKS = {
 }
 # The sanitized program takes five times as long.
 SANITIZED_CHECKS = {name: max(1, times // 5) for name, times in CHECKS.items()}
-# Mistakes that a change of their kernel is to be tried with, beyond those of every run.
-EVERY_MISTAKE = os.environ.get("CNNKERNELS_EVERY_MISTAKE", "") not in ("", "0")
 
 
 @dataclass
@@ -155,7 +153,7 @@ class Mistake:
     nth: int = 0
     build: str = "plain"
     source: Path | None = None  # of a header: that in which the mistake is made
-    rare: bool = False  # made only where EVERY_MISTAKE is
+    rare: bool = False  # made only under TEST_ALL
 
     def text(self) -> str:
         """The file with the mistake in it."""
@@ -441,7 +439,7 @@ def mistaken(
     """The object of each mistake, by name."""
     compiler = find_compiler()
     folder = tmp_path_factory.mktemp("mistakes")
-    made = [mistake for mistake in MISTAKES if EVERY_MISTAKE or not mistake.rare]
+    made = [mistake for mistake in MISTAKES if TEST_ALL or not mistake.rare]
     units = [
         mistaken_unit(mistake, folder / f"mistake{i}", BUILDS[mistake.build])
         for i, mistake in enumerate(made)
@@ -472,8 +470,8 @@ def checks_of(source: Path) -> dict[str, int]:
             mistake,
             id=mistake.name,
             marks=pytest.mark.skipif(
-                mistake.rare and not EVERY_MISTAKE,
-                reason="CNNKERNELS_EVERY_MISTAKE=1 makes every mistake",
+                mistake.rare and not TEST_ALL,
+                reason="CNNKERNELS_TEST_ALL=1 makes every mistake",
             ),
         )
         for mistake in MISTAKES
