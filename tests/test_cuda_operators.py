@@ -43,6 +43,7 @@ CONVOLUTIONS = (
     "gradients_asked_for or any_strides or non_finite or infinite_gradient or other_dtypes"
     " or clipped_output or errors_name"
 )
+BLOCKS = "any_shape or zero_output or nan_and_infinite or infinite_gradients or gradient_alone"
 RUNS = {
     # Policy: the files, the tests chosen of them, and the least number of these.
     "native": [
@@ -53,11 +54,13 @@ RUNS = {
         ),
         (["test_functional.py"], "(conv or bad or kernels_run or autocast) and not torch-", 200),
         (["test_conv2d.py", "test_conv2d_relu.py"], f"{CHOSEN} and ({CONVOLUTIONS})", 10),
+        (["test_block.py"], f"{CHOSEN} and ({BLOCKS})", 8),
     ],
     **{
         policy: [
             (["test_functional.py"], "test_conv2d and not formats and not memory_format1", 60),
             (["test_conv2d.py"], f"{CHOSEN} and ({CONVOLUTIONS})", 8),
+            (["test_block.py"], f"{CHOSEN} and ({BLOCKS})", 8),
         ]
         for policy in ("direct", "implicit_gemm", "depthwise")
     },

@@ -708,18 +708,6 @@ Error weight_gemm(const WeightGradientChoice& choice, const ConvolutionPass& pas
 
 }  // namespace
 
-int64_t weight_total_bytes(const ConvolutionPass& pass, int parts, DType dtype) {
-  return int64_t{parts} * pass.groups * pass.result_channels * pass.phases[0].taps *
-         pass.source_channels * accumulator_size(dtype);
-}
-
-// Whole slices of either kernel.
-int positions_of_part(const ConvolutionPass& pass, int parts) {
-  constexpr int kMultiple = 32;
-  const int64_t positions = int64_t{pass.images} * pass.phases[0].rows * pass.phases[0].columns;
-  return static_cast<int>(round_up(ceil_div(positions, parts), kMultiple));
-}
-
 Error weight_gradient_gemm(DType dtype, const WeightGradientChoice& choice,
                            const ConvolutionPass& pass, int parts, const void* gradient,
                            const void* source, void* grad_weight, void* workspace, Stream stream) {

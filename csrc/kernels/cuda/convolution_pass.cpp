@@ -150,6 +150,18 @@ ConvolutionPass input_gradient_pass(const Conv2dProblem& p) {
   return pass;
 }
 
+int64_t weight_total_bytes(const ConvolutionPass& pass, int parts, DType dtype) {
+  return int64_t{parts} * pass.groups * pass.result_channels * pass.phases[0].taps *
+         pass.source_channels * accumulator_size(dtype);
+}
+
+// Whole slices of either kernel.
+int positions_of_part(const ConvolutionPass& pass, int parts) {
+  constexpr int kMultiple = 32;
+  const int64_t positions = int64_t{pass.images} * pass.phases[0].rows * pass.phases[0].columns;
+  return static_cast<int>(round_up(ceil_div(positions, parts), kMultiple));
+}
+
 int64_t number_tiles(ConvolutionPass& pass, int pixels) {
   int64_t tiles = 0;
   for (int i = 0; i < pass.phase_count; ++i) {

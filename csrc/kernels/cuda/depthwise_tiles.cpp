@@ -67,7 +67,7 @@ int own_columns(const DepthwiseTiles& tiles, int64_t element_bytes, int64_t alig
   const int narrow = narrow_own_columns(tiles.transposed);
   if (fits(widest)) return widest;
   if (narrow < widest && fits(narrow)) return narrow;
-  return has_paired_columns(tiles.kernel, tiles.source_step, tiles.transposed) && fits(2) ? 2 : 0;
+  return has_paired_columns(tiles.source_step, tiles.transposed) && fits(2) ? 2 : 0;
 }
 
 }  // namespace
