@@ -434,10 +434,11 @@ void check_conv2d_plan(Random& random) {
       if (policy == Conv2dPolicy::implicit_gemm && !of_bias && p.dtype != DType::float64 &&
           limits.compute_capability >= 80) {
         // Products of parts are for sums of some length.
-        const bool may_be_short =
-            p.dtype == DType::float32 && p.precision == Float32Precision::highest &&
-            (p.in_channels / p.groups < 16 || p.out_channels / p.groups < 16 ||
-             p.batch * p.out_height * p.out_width < 16);
+        const int64_t taps = p.kernel_height * p.kernel_width, pixels = p.out_height * p.out_width;
+        const bool may_be_short = p.dtype == DType::float32 &&
+                                  p.precision == Float32Precision::highest &&
+                                  (p.in_channels / p.groups * taps < 16 || p.batch * pixels < 16 ||
+                                   p.out_channels / p.groups * taps < 16 * p.stride_h * p.stride_w);
         expect(plan.algorithm == Conv2dAlgorithm::implicit_gemm || too_large || may_be_short,
                "implicit GEMM is forced");
       }
