@@ -142,6 +142,22 @@ def test_any_shape(data: st.DataObject) -> None:
         )
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_what_a_device_may_leave_to_torch(memory_format: torch.memory_format) -> None:
+    """Strides and kernels beyond those of CUDA's kernels."""
+    for shape in [
+        (1, 2, 21, 23, 3, (3, 3), {"stride": 5, "padding": 1}),
+        (1, 1, 20, 21, 2, (17, 17), {}),
+    ]:
+        arguments = integers(shape, torch.float32, memory_format)
+        compare(
+            lambda x, w, b, o=shape[-1]: functional.conv2d_relu_max_pool2d(x, w, b, **o),
+            lambda x, w, b, o=shape[-1]: torch_block(x, w, b, **o),
+            arguments,
+            str(shape),
+        )
+
+
 def blocks() -> dict[str, tuple[Tensor, Tensor]]:
     """An input and weights for each way through the backward."""
     return {

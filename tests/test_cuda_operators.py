@@ -43,7 +43,10 @@ CONVOLUTIONS = (
     "gradients_asked_for or any_strides or non_finite or infinite_gradient or other_dtypes"
     " or clipped_output or errors_name"
 )
-BLOCKS = "any_shape or zero_output or nan_and_infinite or infinite_gradients or gradient_alone"
+BLOCKS = (
+    "any_shape or leave_to_torch or zero_output or nan_and_infinite or infinite_gradients"
+    " or gradient_alone"
+)
 RUNS = {
     # Policy: the files, the tests chosen of them, and the least number of these.
     "native": [

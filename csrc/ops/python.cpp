@@ -698,7 +698,8 @@ py::dict explain_on_cuda(const Conv2dReluMaxPool2dProblem& problem, const at::De
   const cuda::BlockPlan plan = cuda_conv2d_planner().plan_block(
       problem, kCudaAlignment, cuda_device_of()(device).limits, cuda::active_conv2d_policy());
   if (!plan.fused) {
-    py::dict result = explain_on_cuda(problem.conv, device);
+    const std::string reason = cuda::conv2d_not_native(problem.conv);
+    py::dict result = reason.empty() ? explain_on_cuda(problem.conv, device) : aten_plan(reason);
     result["fused"] = false;
     result["fused_reason"] = plan.reason;
     return result;

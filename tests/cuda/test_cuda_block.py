@@ -30,7 +30,7 @@ MORE_SHAPES: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.fixture(params=["auto", "native", "direct", "implicit_gemm"])
+@pytest.fixture(params=["auto", "native", "direct", "implicit_gemm", "wgmma"])
 def policy(request: pytest.FixtureRequest) -> Iterator[str]:
     """What plans may choose."""
     assert _native.library is not None
@@ -84,6 +84,30 @@ def test_rounded_values(memory_format: torch.memory_format, policy: str) -> None
         truth = torch_block(x.double(), weight.double(), None, **options)
         allowed = max(2 * (theirs - truth).norm().item(), 2 * 2.0**-24 * truth.norm().item())
         assert (ours - truth).norm().item() <= allowed, (options, policy)
+
+
+@pytest.mark.parametrize(
+    ("size", "weight_size", "options"),
+    [
+        ((1, 2, 21, 23), (3, 2, 3, 3), {"stride": 5, "padding": 1}),
+        ((1, 1, 20, 21), (2, 1, 17, 17), {}),
+    ],
+)
+def test_what_is_too_large_goes_to_torch(
+    size: tuple[int, ...], weight_size: tuple[int, ...], options: dict[str, Any], policy: str
+) -> None:
+    x = torch.randint(-2, 3, size, device="cuda").float().requires_grad_()
+    weight = torch.randint(-2, 3, weight_size, device="cuda").float().requires_grad_()
+    ours = functional.conv2d_relu_max_pool2d(x, weight, None, **options)
+    theirs = torch_block(x, weight, None, **options)
+    assert torch.equal(ours, theirs), policy
+    for mine, other in zip(
+        torch.autograd.grad(ours.sum(), (x, weight)),
+        torch.autograd.grad(theirs.sum(), (x, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+    assert not explain(functional.conv2d_relu_max_pool2d, x, weight, **options)["fused"]
 
 
 def test_explain_tells_whether_they_are_one() -> None:

@@ -318,6 +318,7 @@ class Block {
 
   const dim3 grid, size;
   dim3 index;
+  size_t asked = 0;  // of dynamic shared memory
 
  private:
   struct Shared {
@@ -441,7 +442,10 @@ inline void* Block::shared_array(const SharedKey& key, size_t bytes) {
     fail(std::to_string(static_shared_bytes_) + " bytes of static shared memory, more than " +
          std::to_string(limits().static_shared_bytes));
   }
-  if (static_shared_bytes_ + dynamic_shared_bytes_ > limits().shared_bytes) {
+  // A launch that has not asked for more has so much of both.
+  const size_t most =
+      dynamic_shared_bytes_ <= asked ? limits().shared_bytes : limits().static_shared_bytes;
+  if (static_shared_bytes_ + dynamic_shared_bytes_ > most) {
     fail(std::to_string(static_shared_bytes_) + " bytes of static and " +
          std::to_string(dynamic_shared_bytes_) + " of dynamic shared memory, more than " +
          std::to_string(limits().shared_bytes));
@@ -672,6 +676,7 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, const void
   static std::mutex device;
   const std::lock_guard lock(device);
   Block block(grid, size, dynamic_shared_bytes, kernel);
+  block.asked = asked;
   struct Current {
     explicit Current(Block* running) { current_block() = running; }
     ~Current() { current_block() = nullptr; }
@@ -873,8 +878,13 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
   cuda_emulator::asked_shared_bytes() = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
-struct cudaFuncAttributes {};
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
+struct cudaFuncAttributes {
+  int ptxVersion = 90;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)()) {
+  *attributes = {};
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

@@ -135,6 +135,13 @@ Conv2dProblem convolution_of_any_size(Random& random) {
     stride = random.chance(60) ? 1 : random.between(2, 5);
     dilation = random.chance(80) ? 1 : random.between(2, 4);
     pad = random.between(0, kernel);
+    if (random.chance(4)) {  // taps far apart, about a small image
+      dilation = of_any_size(random, 13);
+      pad = (dilation * (kernel - 1) + 1) / 2;
+      in = random.between(1, 8);
+      out = (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+      return;
+    }
     in = of_any_size(random, random.chance(5) ? 16 : 9) + dilation * (kernel - 1);
     out = (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
   };
@@ -204,6 +211,7 @@ void check_pass_plan(const Conv2dProblem& p, const Conv2dPlan& plan, cuda::Convo
     }
     case Conv2dAlgorithm::wgmma:
       expect(cuda::wgmma_applies(pass, p.dtype, alignment, limits), "products that there are");
+      expect(cuda::chunks_are_contiguous(pass, bytes, alignment), "of chunks that a copy takes");
       expect(plan.workspace_bytes == cuda::packed_weight_bytes(pass, bytes), "packed weights fit");
       break;
     case Conv2dAlgorithm::depthwise:
@@ -383,7 +391,9 @@ void check_conv2d_plan(Random& random) {
     expect(p.batch * p.in_height * p.in_width > (1 << 29) || p.in_channels > (1 << 18) ||
                p.out_channels > (1 << 18) || p.groups > (1 << 15) || p.stride_h * p.stride_w > 16 ||
                p.kernel_height * p.kernel_width > 200 ||
-               p.kernel_height * p.kernel_width * (p.in_channels / p.groups) > (1 << 20),
+               p.kernel_height * p.kernel_width * (p.in_channels / p.groups) > (1 << 20) ||
+               p.pad_top + p.kernel_height * p.dilation_h > 16383 ||
+               p.pad_left + p.kernel_width * p.dilation_w > 16383,
            "only huge problems are refused");
     return;
   }
@@ -454,7 +464,7 @@ void check_block_plan(Random& random) {
   Conv2dReluMaxPool2dProblem block;
   block.conv = convolution_of_any_size(random);
   const Conv2dProblem& p = block.conv;
-  if (!cuda::conv2d_not_native(p).empty() || p.batch == 0) return;
+  const bool is_native = cuda::conv2d_not_native(p).empty();
   MaxPool2dProblem& pool = block.pool;
   pool = {};
   pool.batch = p.batch;
@@ -488,7 +498,8 @@ void check_block_plan(Random& random) {
     expect(plan.fused == again.fused && plan.reason == again.reason && same(plan.conv, again.conv),
            "plans are pure");
     expect(plan.fused == plan.reason.empty(), "there is a reason");
-    if (!plan.fused) continue;
+    expect(is_native || !plan.fused, "a convolution that no kernel takes is torch's");
+    if (!plan.fused || p.batch == 0) continue;
     expect(cuda::pools_in_block(pool), "blocks pool windows that they hold");
     expect(plan.conv.algorithm == Conv2dAlgorithm::direct ||
                plan.conv.algorithm == Conv2dAlgorithm::implicit_gemm,

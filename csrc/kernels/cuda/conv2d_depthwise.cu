@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks)
       const A factor = weights[d];
 #pragma unroll
       for (int u = 0; u < kPixels; ++u) {
-        if (!tap_is_inside(pass, at[u], tap)) continue;
-        sums[u] += factor *
-                   to_accumulator(source[tap_element(pass, at[u], tap) + c * pass.source_stride_c]);
+        const bool inside = tap_is_inside(pass, at[u], tap);
+        const int64_t element = tap_element(pass, at[u], tap) + c * pass.source_stride_c;
+        sums[u] += factor * (inside ? to_accumulator(source[element]) : A{0});
       }
     }
   }
@@ -114,8 +114,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks)
     for (int v = 0; v < kWidth; ++v) factors[v] = weights[t * block_channels + in_block + v];
 #pragma unroll
     for (int u = 0; u < kPixels; ++u) {
-      if (!tap_is_inside(pass, at[u], tap)) continue;
-      const auto elements = load_vector<kWidth>(source + tap_element(pass, at[u], tap) + channel);
+      Vector<T, kWidth> elements = {};
+      if (tap_is_inside(pass, at[u], tap)) {
+        elements = load_vector<kWidth>(source + tap_element(pass, at[u], tap) + channel);
+      }
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) sums[u][v] += factors[v] * to_accumulator(elements[v]);
     }
@@ -170,9 +172,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks)
     A sum = 0;
     for (int position = begin + thread; position < end; position += kDepthwiseThreads) {
       const PassPosition at = pass_position(pass, phase, position);
-      if (!tap_is_inside(pass, at, tap)) continue;
-      sum +=
-          to_accumulator(gradient[at.result]) * to_accumulator(source[tap_element(pass, at, tap)]);
+      const A value =
+          tap_is_inside(pass, at, tap) ? to_accumulator(source[tap_element(pass, at, tap)]) : A{0};
+      sum += to_accumulator(gradient[at.result]) * value;
     }
     sum = warp_sum(sum);
     if (thread % 32 == 0) of_warps[thread / 32] = sum;

@@ -60,15 +60,14 @@ __device__ inline float plain_sum(const ConvolutionPass& pass, const SourcePatch
   for (int t = phase.first_tap; t < phase.first_tap + phase.taps; ++t) {
     const int row = (tile.row + at.row) * pass.source_step_h + pass.taps[t].row;
     const int column = (tile.column + at.column) * pass.source_step_w + pass.taps[t].column;
-    if (static_cast<unsigned>(row) >= static_cast<unsigned>(pass.source_height) ||
-        static_cast<unsigned>(column) >= static_cast<unsigned>(pass.source_width)) {
-      continue;
-    }
+    const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(pass.source_height) &&
+                        static_cast<unsigned>(column) < static_cast<unsigned>(pass.source_width);
     const T* const pixel = source + at.image * pass.source_stride_n + row * pass.source_stride_h +
                            column * pass.source_stride_w;
     for (int c = 0; c < pass.source_channels; ++c) {
-      sum += to_accumulator(pixel[c * pass.source_stride_c]) *
-             to_accumulator(weight[patch.taps[t].weight + c]);
+      // Times an infinite weight, a zero of the padding is no number either.
+      const float value = inside ? to_accumulator(pixel[c * pass.source_stride_c]) : 0;
+      sum += value * to_accumulator(weight[patch.taps[t].weight + c]);
     }
   }
   return sum;

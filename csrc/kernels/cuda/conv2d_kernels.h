@@ -1,5 +1,5 @@
-// The convolution kernels, each by itself: no plan chooses between them yet, and no operator calls
-// them. Pointers are to the problem's dtype; workspaces are aligned to 16 bytes.
+// The convolution kernels, each by itself; conv2d.h has the plans that choose between them.
+// Pointers are to the problem's dtype; workspaces are aligned to 16 bytes.
 #pragma once
 
 #include <optional>

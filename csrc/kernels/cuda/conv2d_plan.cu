@@ -277,8 +277,9 @@ struct Measurement {
   float ratio;  // torch's time over the kernel's
 };
 
-// Of one H200, cuDNN 9.19 with benchmark=True. What has no row here goes by the estimates: the
-// kernels have changed since they were measured.
+// Of one H200, cuDNN 9.19 with benchmark=True, and for devices of its kind. What has no row here
+// goes by the estimates: the other kernels have changed since they were measured.
+constexpr int kMeasuredCapability = 90;
 constexpr Measurement kMeasured[] = {
     {ShapeClass::first_layer, Precision::half, Layout::nchw, Conv2dPass::forward,
      Conv2dAlgorithm::direct, 1.5f},
@@ -310,8 +311,9 @@ struct TorchRatio {
 TorchRatio torch_ratio(const Conv2dProblem& p, Conv2dPass pass, Conv2dAlgorithm algorithm,
                        double cycles, const DeviceLimits& limits) {
   for (const Measurement& row : kMeasured) {
-    if (row.shape == class_of(p) && row.precision == precision_of(p) && row.layout == p.layout &&
-        row.pass == pass && row.algorithm == algorithm) {
+    if (limits.compute_capability == kMeasuredCapability && row.shape == class_of(p) &&
+        row.precision == precision_of(p) && row.layout == p.layout && row.pass == pass &&
+        row.algorithm == algorithm) {
       return {row.ratio, true};
     }
   }
@@ -511,10 +513,12 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Conv2dPass pass, int64_t al
 
 BlockPlan plan_block(const Conv2dReluMaxPool2dProblem& block, int64_t alignment,
                      const DeviceLimits& limits, Conv2dPolicy policy) {
-  const Conv2dProblem& p = block.conv;
+  const Conv2dProblem p = never_empty(block.conv);
+  BlockPlan plan = {};
+  plan.reason = conv2d_not_native(p);
+  if (!plan.reason.empty()) return plan;
   const Conv2dPolicy native = policy == Conv2dPolicy::automatic ? Conv2dPolicy::native : policy;
   const Choice choice = native_choice(p, Conv2dPass::forward, limits, native);
-  BlockPlan plan = {};
   if (!pools_in_block(block.pool)) {
     plan.reason = "windows of a pooling other than 2x2 and 3x3 at stride 2";
   } else if (choice.algorithm == Conv2dAlgorithm::depthwise) {

@@ -6,8 +6,7 @@
 // part has totals of its own, which a second pass adds up in their order. Results do not depend on
 // what runs first.
 //
-//   tile     the pixels of a block's part come in tiles of up to 512 (source_patch.h): the
-//   gradients
+//   tile     the pixels of a block's part come in tiles of up to 512 (source_patch.h): gradients
 //            of the tile's pixels and the patch of the source below them are brought to shared
 //            memory once, for all taps. While one tile is multiplied the next is under way.
 //   columns  are tiles of 8 source channels at a tap, numbered channels first. A block takes
@@ -528,8 +527,7 @@ __global__ void __launch_bounds__(kWeightThreads)
   for_each_sum([&](float sum, int row, int weight) { of_part[row * weights + weight] = sum; });
 }
 
-// --- Without them: float64, and devices that have none of these products
-// ---------------------------
+// --- Without them: float64, and devices that have none of these products.
 
 // A pixel of the output: element of channel 0 of a group's gradients and of the source below its
 // tap (0, 0), and the position of that.
@@ -625,8 +623,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   }
 }
 
-// --- Both
-// -----------------------------------------------------------------------------------------
+// --- Both.
 
 // Adds up the parts' totals, in their order, and stores them as the weight lies. Of few weights in
 // many parts each of `lanes` threads, a power of two, adds up every so many parts.

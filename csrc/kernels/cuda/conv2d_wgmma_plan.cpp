@@ -54,7 +54,7 @@ bool wgmma_applies(const ConvolutionPass& pass, DType dtype, int64_t alignment,
   if (pass.phase_count != 1 || pass.phases[0].taps == 0) return false;
   if (pass.source_step_h != 1 || pass.source_step_w != 1) return false;
   // Chunks of 16 bytes; two chunks of a product are of one group, or the second is no group's.
-  if (pass.source_stride_c != 1 || alignment % kVectorBytes != 0) return false;
+  if (!chunks_are_contiguous(pass, element_size(dtype), alignment)) return false;
   if (pass.source_channels % (pass.groups == 1 ? kWgmmaChunk : 2 * kWgmmaChunk) != 0) return false;
   const WgmmaCut cut = wgmma_cut(pass, wgmma_patch(pass));
   return cut.weight_stages > 0 && cut.shared_bytes <= limits.shared_bytes_per_block &&

@@ -7,11 +7,15 @@ namespace {
 // What is asked for its machine code: a device has that of all kernels or of none.
 __global__ void probe_kernel() {}
 
-// Of the current device.
-cudaError_t find_kernels() {
+// Of the current device. The code may be made of an older architecture's PTX, and then lacks what
+// only later ones have: plans are to see that architecture.
+cudaError_t find_kernels(int* compute_capability) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   cudaGetLastError();  // it is told here, and not by the next launch
+  if (error == cudaSuccess && attributes.ptxVersion < *compute_capability) {
+    *compute_capability = attributes.ptxVersion;
+  }
   return error;
 }
 
@@ -42,7 +46,7 @@ Error device_limits(int device, DeviceLimits* limits) {
   int current = device;
   cudaError_t error = cudaGetDevice(&current);
   if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = find_kernels();
+  if (error == cudaSuccess) error = find_kernels(&limits->compute_capability);
   cudaSetDevice(current);
   return error;
 }

@@ -8,7 +8,7 @@
 #include <cuda_runtime.h>
 
 // An array in shared memory: static, and as large as the launch says (of which a kernel has one).
-#define CNNK_SHARED(T, name, count) __shared__ T name[count]
+#define CNNK_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 #define CNNK_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char cnnk_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(cnnk_dynamic_shared)
@@ -20,6 +20,9 @@
 
 namespace cnnkernels::cuda {
 
+// Static shared memory of a kernel that has much dynamic.
+constexpr int kMostStaticBytesBeside = 1024;
+
 // Starts kernel(arguments...) on the stream, and returns what the launch returned.
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), const LaunchGrid& grid, int shared_bytes, Stream stream,
@@ -28,8 +31,8 @@ Error launch(void (*kernel)(Parameters...), const LaunchGrid& grid, int shared_b
                 "more arguments than a kernel takes");
   const dim3 blocks(grid.x, grid.y, grid.z);
   const dim3 threads(grid.block_x, grid.block_y, grid.block_z);
-  // What not every architecture has, a kernel has to ask for.
-  if (shared_bytes > kSharedBytesOfAll) {
+  // What not every architecture has, a kernel has to ask for, its static arrays counted.
+  if (shared_bytes > kSharedBytesOfAll - kMostStaticBytesBeside) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;

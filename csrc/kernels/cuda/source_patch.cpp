@@ -59,6 +59,8 @@ int patch_extent(int results, int result_step, int first_tap, int last_tap, int 
   return (results - 1) * result_step + (last_tap - first_tap) / source_step + 1;
 }
 
+constexpr int64_t kMostTileChannels = 128;
+
 // Of bringing a patch's pixel to shared memory, in results of one tap.
 constexpr double kPixelCost = 1.5;
 // Rows of eight neighbours are read without conflicts.
@@ -92,7 +94,9 @@ void place_tiles(const ConvolutionPass& pass, const MaxPool2dProblem* pool, Sour
     own.width = patch_extent(patch.columns, patch.result_step_w, range.first_column,
                              range.last_column, patch.source_step_w);
     patch.tiles += ceil_div(pass.images, patch.images) * own.tiles_down * own.tiles_across;
-    patch.pixels = std::max(patch.pixels, patch.images * own.height * own.width);
+    const int64_t pixels = int64_t{patch.images} * own.height * own.width;
+    patch.pixels =
+        std::max(patch.pixels, static_cast<int>(std::min<int64_t>(kTooManyPixels, pixels)));
     for (int t = phase.first_tap; t < phase.first_tap + phase.taps; ++t) {
       const PassTap tap = pass.taps[t];
       patch.taps[t].pixel = (tap.row - range.first_row) / patch.source_step_h * own.width +
@@ -115,7 +119,12 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
   const int64_t stride = pool ? kBlockPoolStride : 1;
   const int64_t pad_h = pool ? pool->pad_top : 0, pad_w = pool ? pool->pad_left : 0;
   double least = std::numeric_limits<double>::infinity();
-  for (int cuts = 1; cuts <= units_across(largest, pool); ++cuts) {
+  // More than a tile's results never fit, and many small tiles are not worth trying.
+  constexpr int kMostCuts = 64;
+  const int first_cuts =
+      static_cast<int>(std::max<int64_t>(1, units_across(largest, pool) * stride / most_results));
+  const int last_cuts = std::min(units_across(largest, pool), first_cuts + kMostCuts);
+  for (int cuts = first_cuts; cuts <= last_cuts; ++cuts) {
     const int across = static_cast<int>(ceil_div(units_across(largest, pool), cuts));
     const TileAxis columns = cut_axis(units_across(largest, pool), across, kernel_w, stride, pad_w);
     const int most_rows = most_results / columns.results;
@@ -124,16 +133,16 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
     const int down_tiles = static_cast<int>(ceil_div(units_down(largest, pool), fitting));
     const int down = static_cast<int>(ceil_div(units_down(largest, pool), down_tiles));
     const TileAxis rows = cut_axis(units_down(largest, pool), down, kernel_h, stride, pad_h);
-    int images = 1;
-    if (rows.tiles == 1 && columns.tiles == 1) {
-      images = std::min(pass.images, most_results / (rows.results * columns.results));
-    }
-    const double pixels =
-        static_cast<double>(images) *
-        patch_extent(rows.results, patch.result_step_h, largest_range.first_row,
-                     largest_range.last_row, patch.source_step_h) *
+    const int64_t of_image =
+        int64_t{patch_extent(rows.results, patch.result_step_h, largest_range.first_row,
+                             largest_range.last_row, patch.source_step_h)} *
         patch_extent(columns.results, patch.result_step_w, largest_range.first_column,
                      largest_range.last_column, patch.source_step_w);
+    int images = 1;
+    if (rows.tiles == 1 && columns.tiles == 1 && of_image < kTooManyPixels / most_results) {
+      images = std::clamp(pass.images, 1, most_results / (rows.results * columns.results));
+    }
+    const double pixels = static_cast<double>(images) * static_cast<double>(of_image);
     const double products = static_cast<double>(most_results) * std::max(1, largest.taps) *
                             (columns.results % 8 == 0 ? 1 : kBrokenRowCost);
     const double cost = static_cast<double>(ceil_div(pass.images, images)) * rows.tiles *
@@ -184,9 +193,11 @@ bool patch_is_addressable(const ConvolutionPass& pass, const SourcePatch& patch)
   constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
   const int64_t image =
       pass.source_stride_h * pass.source_height + pass.source_stride_w * pass.source_width;
-  return patch.images > 0 && pass.source_stride_n * (patch.images - 1) + image <= kMost &&
-         pass.kernel_height * pass.weight_stride_r + pass.kernel_width * pass.weight_stride_s <=
-             kMost;
+  const int64_t weights = pass.kernel_height * pass.weight_stride_r +
+                          pass.kernel_width * pass.weight_stride_s +
+                          kMostTileChannels * pass.weight_stride_result;
+  return patch.images > 0 && patch.pixels < kTooManyPixels &&
+         pass.source_stride_n * (patch.images - 1) + image <= kMost && weights <= kMost;
 }
 
 }  // namespace cnnkernels::cuda

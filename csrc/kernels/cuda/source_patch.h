@@ -25,6 +25,9 @@ struct PatchPhase {
   int height, width;  // of an image's patch
 };
 
+// A patch of so many pixels fits no shared memory by far.
+constexpr int kTooManyPixels = 1 << 20;
+
 struct SourcePatch {
   int images, rows, columns;    // of the results of a tile
   int results;                  // all of them
@@ -33,7 +36,7 @@ struct SourcePatch {
   int source_step_h, source_step_w;  // source pixels between neighbours of the patch
   int result_step_h, result_step_w;  // pixels of the patch between neighbouring results
   int64_t tiles;                     // of all phases
-  int pixels;                        // of the largest phase's patch
+  int pixels;                        // of the largest phase's patch, up to kTooManyPixels
   PatchPhase phases[kMostPassPhases];
   PatchTap taps[kMostPassTaps];
 };
@@ -53,7 +56,8 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
 // The same with tiles of so many rows and columns of the results of one image, without a pool.
 SourcePatch fixed_source_patch(const ConvolutionPass& pass, int rows, int columns);
 
-// Whether offsets inside of a tile's images, and of the weights, have 32 bits.
+// Whether offsets inside of a tile's images, and of the weights of a tile's channels, have 32 bits,
+// and the patch is none that nothing holds.
 bool patch_is_addressable(const ConvolutionPass& pass, const SourcePatch& patch);
 
 }  // namespace cnnkernels::cuda

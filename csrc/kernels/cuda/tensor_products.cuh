@@ -47,7 +47,8 @@ struct ProductsOfParts {
   }
 
   // The same where operands may be infinite. Then add() gives NaN, of infinity less infinity in a
-  // low part, or times a low part of zero; the high parts alone give what floats do.
+  // low part, or times a low part of zero; the high parts alone give what floats do. (The high part
+  // of what is within 2^-12 of the largest float is infinite as well.)
   __device__ static void add_infinite(float (&sums)[4], const uint32_t (&a)[4],
                                       const uint32_t (&b)[2]) {
     uint32_t high_a[4], low_a[4], high_b[2], low_b[2];

@@ -27,11 +27,7 @@ struct PlannedPass {
   void* workspace() const { return memory.data(); }
 };
 
-struct Cuda {
-  static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format,
-                          const at::Tensor& like) {
-    return at::empty(size, like.options().dtype(dtype), format);
-  }
+struct Cuda : cuda::Allocation {
   static std::string not_native(const Conv2dProblem& problem) {
     return cuda::conv2d_not_native(problem);
   }

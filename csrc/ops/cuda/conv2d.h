@@ -1,8 +1,6 @@
 // What convolution and block share on CUDA.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include "kernels/cuda/conv2d.h"
 #include "ops/cuda/device.h"
 

@@ -8,14 +8,10 @@
 namespace cnnkernels {
 namespace {
 
-struct Cuda {
-  static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format,
-                          const at::Tensor& like) {
-    return at::empty(size, like.options().dtype(dtype), format);
-  }
+struct Cuda : cuda::Allocation {
+  // A convolution that no kernel takes is torch's, and its pooling ours.
   static std::string not_native(const Conv2dReluMaxPool2dProblem& problem) {
-    const std::string reason = cuda::conv2d_not_native(problem.conv);
-    return reason.empty() ? cuda::max_pool2d_not_native(problem.pool) : reason;
+    return cuda::max_pool2d_not_native(problem.pool);
   }
   static void forward(const Conv2dReluMaxPool2dProblem& problem, const BlockArguments& arguments,
                       const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -40,6 +41,14 @@ class DeviceScope {
  private:
   c10::DeviceGuard guard_;
   Stream stream_ = nullptr;
+};
+
+// What templates over devices allocate by.
+struct Allocation {
+  static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format,
+                          const at::Tensor& like) {
+    return at::empty(size, like.options().dtype(dtype), format);
+  }
 };
 
 // Of the tensor's device, which runs the kernels; asked for once.

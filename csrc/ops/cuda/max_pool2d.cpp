@@ -1,21 +1,15 @@
 // The pooling operators on CUDA.
 #include "kernels/cuda/max_pool2d.h"
 
-#include <ATen/ops/empty.h>
-
 #include "ops/cuda/device.h"
 #include "ops/max_pool2d.h"
 
 namespace cnnkernels {
 namespace {
 
-struct Cuda {
+struct Cuda : cuda::Allocation {
   static std::string not_native(const MaxPool2dProblem& problem) {
     return cuda::max_pool2d_not_native(problem);
-  }
-  static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFormat format,
-                          const at::Tensor& like) {
-    return at::empty(size, like.options().dtype(dtype), format);
   }
   static void forward(const MaxPool2dProblem& problem, const at::Tensor& input,
                       const at::Tensor& output, const at::Tensor& argmax) {
