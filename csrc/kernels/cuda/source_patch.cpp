@@ -121,8 +121,8 @@ SourcePatch make_source_patch(const ConvolutionPass& pass, int most_results,
   double least = std::numeric_limits<double>::infinity();
   // More than a tile's results never fit, and many small tiles are not worth trying.
   constexpr int kMostCuts = 64;
-  const int first_cuts =
-      static_cast<int>(std::max<int64_t>(1, units_across(largest, pool) * stride / most_results));
+  const int first_cuts = static_cast<int>(
+      std::max<int64_t>(1, units_across(largest, pool) * stride * kernel_h / most_results));
   const int last_cuts = std::min(units_across(largest, pool), first_cuts + kMostCuts);
   for (int cuts = first_cuts; cuts <= last_cuts; ++cuts) {
     const int across = static_cast<int>(ceil_div(units_across(largest, pool), cuts));
