@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     The status is 1 when a case failed, and when there is no such device: then nothing is measured.
     """
     begin = monotonic()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         device = open_device(args.device)
     except RuntimeError as error:

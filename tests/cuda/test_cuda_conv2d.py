@@ -26,7 +26,7 @@ from cnnkernels import _native, explain, functional
 pytestmark = [needs_cuda, pytest.mark.usefixtures("poisoned", "_strict_float32")]
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
-NATIVE = ["native", "direct", "implicit_gemm", "depthwise"]
+NATIVE = ["native", "direct", "implicit_gemm", "depthwise", "wgmma"]
 Shape = tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]
 # Of whole tiles and of parts of them, in both sizes; first layers; few channels a group.
 TILES: list[Shape] = [
@@ -42,6 +42,8 @@ TILES: list[Shape] = [
     (2, 48, 19, 21, 48, (5, 5), {"stride": 2, "padding": 2, "groups": 48}),
     (2, 32, 11, 12, 64, (3, 3), {"padding": 1, "groups": 32}),
     (2, 32, 11, 12, 32, (3, 3), {"padding": 1, "groups": 8}),
+    (1, 32, 12, 13, 64, (5, 5), {"padding": 2}),
+    (2, 64, 1, 1, 40, (3, 3), {"padding": 1}),
 ]
 
 
