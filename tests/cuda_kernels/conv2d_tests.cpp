@@ -28,7 +28,7 @@ constexpr int64_t kSharedBytes = 227 * 1024;
 
 // Few products, in vectors of channels often enough.
 Conv2dProblem random_problem(Random& random) {
-  constexpr int64_t kMostProducts = 100000;
+  constexpr int64_t kMostProducts = 30000;
   while (true) {
     Conv2dProblem p = kernel_tests::random_conv2d(random);
     p.relu = false;
