@@ -81,8 +81,14 @@ class Programs:
         return cls(compiler, folder, flags, objects)
 
     def link(self, sources: list[Path], name: str, replaced: dict[Path, Path]) -> Path:
-        """Link the objects of some sources, of which some are replaced."""
-        objects = [replaced.get(source, self.objects[source]) for source in [SUPPORT, *sources]]
+        """Link the objects of some sources, of which some are replaced.
+
+        These come first: of an inline function that several objects have, the first one's is taken.
+        """
+        objects = sorted(
+            (replaced.get(source, self.objects[source]) for source in [SUPPORT, *sources]),
+            key=lambda one: one not in replaced.values(),
+        )
         return link(self.compiler, [*FLAGS, *self.flags], objects, self.folder / name)
 
     def emulator_tests(self, name: str, replaced: Path | None = None) -> list[str]:
