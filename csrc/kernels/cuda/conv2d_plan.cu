@@ -5,9 +5,9 @@
 //
 // A pass that several kernels take gets the one with the fewest cycles, by an estimate: products
 // over the rate of the units that multiply, in waves of blocks over the multiprocessors, or bytes
-// over the bandwidth, whichever is more. The automatic policy then looks up how torch's time
-// compared with that kernel's where both were measured, and leaves the pass to torch where torch
-// was clearly faster.
+// over the bandwidth, whichever is more. The automatic policy compares it with what torch takes, as
+// it was measured or else by an estimate of the same kind, and leaves the pass to torch where the
+// kernel is not ahead.
 #include <algorithm>
 #include <cmath>
 
@@ -277,8 +277,9 @@ struct Measurement {
   float ratio;  // torch's time over the kernel's
 };
 
-// Of one H200, cuDNN 9.19 with benchmark=True, and for devices of its kind. What has no row here
-// goes by the estimates: the other kernels have changed since they were measured.
+// Of one H200, cuDNN 9.19 with benchmark=True, and for devices of its kind: the direct kernel before
+// it could pool or store vectors, which these layers do not. What has no row here goes by the
+// estimates: the other kernels have changed since they were measured.
 constexpr int kMeasuredCapability = 90;
 constexpr Measurement kMeasured[] = {
     {ShapeClass::first_layer, Precision::half, Layout::nchw, Conv2dPass::forward,
@@ -394,7 +395,10 @@ void size_weight_gradient(const Conv2dProblem& p, int64_t alignment, const Devic
     plan.weight = choose_weight_gradient(pass, p.dtype, products_of(p), alignment, limits);
     plan.parts = plan.weight.parts;
     // A patch that no block holds.
-    if (plan.weight.results == 0) plan.algorithm = Conv2dAlgorithm::plain;
+    if (plan.weight.results == 0) {
+      plan.weight = {};
+      plan.algorithm = Conv2dAlgorithm::plain;
+    }
   }
   if (plan.algorithm == Conv2dAlgorithm::depthwise) {
     plan.parts = depthwise_weight_parts(p.dtype, pass, limits.multiprocessors);
