@@ -25,10 +25,6 @@ pytestmark = [
     needs_cuda,
     pytest.mark.sanitizer,
     pytest.mark.usefixtures("poisoned"),
-    pytest.mark.skipif(
-        not hasattr(_native.library, "set_cuda_conv2d"),
-        reason="the library lets no algorithm be forced on CUDA",
-    ),
 ]
 
 

@@ -277,9 +277,9 @@ struct Measurement {
   float ratio;  // torch's time over the kernel's
 };
 
-// Of one H200, cuDNN 9.19 with benchmark=True, and for devices of its kind: the direct kernel before
-// it could pool or store vectors, which these layers do not. What has no row here goes by the
-// estimates: the other kernels have changed since they were measured.
+// Of one H200, cuDNN 9.19 with benchmark=True, and for devices of its kind: the direct kernel
+// before it could pool or store vectors, which these layers do not. What has no row here goes by
+// the estimates: the other kernels have changed since they were measured.
 constexpr int kMeasuredCapability = 90;
 constexpr Measurement kMeasured[] = {
     {ShapeClass::first_layer, Precision::half, Layout::nchw, Conv2dPass::forward,
