@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ def _gradients(block: Block) -> tuple[str, ...]:
     return ("input", "weight", "bias") if block.input_gradient else ("weight", "bias")
 
 
-def _workload(block: Block, batch: int, mode: str, seed: int) -> Workload:
+def functions_of(block: Block) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours and torch's, of an input, a weight and a bias."""
     stride, padding = block.stride, block.padding
     pool = (block.pool_kernel_size, block.pool_stride, block.pool_padding)
 
@@ -78,9 +80,14 @@ def _workload(block: Block, batch: int, mode: str, seed: int) -> Workload:
             pool_padding=pool[2],
         )
 
-    def peer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, stride, padding)), *pool)
 
+    return ours, torchs
+
+
+def _workload(block: Block, batch: int, mode: str, seed: int) -> Workload:
+    ours, peer = functions_of(block)
     channels = block.input_size[0]
     return operator_workload(
         Operator(ours, peer, "conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"),

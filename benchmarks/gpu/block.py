@@ -13,12 +13,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import cnnkernels.functional
 
 from ..block import BLOCKS as CPU_BLOCKS
-from ..block import Block
+from ..block import Block, functions_of
 from ..cases import FORWARD, FORWARD_BACKWARD
 from ..operators import LAYOUTS
 from .device import Device
@@ -96,29 +93,6 @@ def _shrunk(block: Block, shrink: int) -> Block:
     )
 
 
-def _functions(block: Block) -> tuple[Function, Function]:
-    """Ours and torch's."""
-    stride, padding = block.stride, block.padding
-    pool = (block.pool_kernel_size, block.pool_stride, block.pool_padding)
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return cnnkernels.functional.conv2d_relu_max_pool2d(
-            x,
-            weight,
-            bias,
-            stride,
-            padding,
-            pool_kernel_size=pool[0],
-            pool_stride=pool[1],
-            pool_padding=pool[2],
-        )
-
-    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, stride, padding)), *pool)
-
-    return ours, torchs
-
-
 def compiled(function: Function, tensors: Tensors, operation: Operation) -> Function:
     """What torch.compile makes of a function, compiled for these tensors and run on them once."""
     # No guards of the last block, and no limit to how many there are.
@@ -131,7 +105,7 @@ def compiled(function: Function, tensors: Tensors, operation: Operation) -> Func
 def _workload(
     block: Block, batch: int, mode: str, precision: Precision, device: Device, options: Options
 ) -> Workload:
-    ours, torchs = _functions(block)
+    ours, torchs = functions_of(block)
     input_size = torch.Size((batch, *block.input_size))
     weight_size = torch.Size(
         (block.out_channels, block.input_size[0], block.kernel_size, block.kernel_size)
