@@ -24,9 +24,6 @@ using kernel_tests::Memory;
 using kernel_tests::Random;
 using kernel_tests::Tensor;
 
-const Dims kVector = {1, 1, 1, 1};
-constexpr int64_t kSharedBytes = 227 * 1024;
-
 // A block whose windows the kernels pool.
 Conv2dReluMaxPool2dProblem random_pooled_block(Random& random) {
   constexpr int64_t kMostProducts = 60000;

@@ -22,10 +22,6 @@ using kernel_tests::Memory;
 using kernel_tests::Random;
 using kernel_tests::Tensor;
 
-const Dims kVector = {1, 1, 1, 1};
-// Of a block of an H100.
-constexpr int64_t kSharedBytes = 227 * 1024;
-
 // Few products, in vectors of channels often enough.
 Conv2dProblem random_problem(Random& random) {
   constexpr int64_t kMostProducts = 30000;

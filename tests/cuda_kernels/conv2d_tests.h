@@ -5,6 +5,11 @@
 
 namespace cuda_kernel_tests {
 
+// Strides of what has one dimension.
+inline const kernel_tests::Dims kVector = {1, 1, 1, 1};
+// Shared memory of a block of an H100.
+constexpr int64_t kSharedBytes = 227 * 1024;
+
 // Every kernel that takes one random convolution: its three passes and its bias's gradient.
 void check_conv2d(kernel_tests::Random& random);
 

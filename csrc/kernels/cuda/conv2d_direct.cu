@@ -34,7 +34,7 @@ __device__ inline PassPosition tile_position(const ConvolutionPass& pass, const 
   return at;
 }
 
-// The patch tells the tiles of a pooled pass, and is not used otherwise.
+// The patch tells the tiles of a pooled pass, and else no more than their number.
 template <class T, int kChannels, bool kPooled>
 __global__ void __launch_bounds__(kDirectThreads, kDirectBlocks)
     direct_kernel(const __grid_constant__ ConvolutionPass pass,
@@ -157,33 +157,18 @@ __global__ void __launch_bounds__(kDirectThreads, kDirectBlocks)
   }
 }
 
-struct DirectCall {
-  ConvolutionPass& pass;
-  const SourcePatch& patch;
-  const void* source;
-  const void* weight;
-  const void* bias;
-  void* result;
-  bool relu, vectors;
-  const BlockPool* pool;  // or null
-  Stream stream;
-};
-
 template <class T, int kChannels>
-Error launch_direct(const DirectCall& call) {
-  ConvolutionPass& pass = call.pass;
-  const bool pooled = call.pool != nullptr;
+Error launch_direct(const PassCall& call) {
   LaunchGrid grid;
-  grid.x = static_cast<unsigned>(pooled ? call.patch.tiles : number_tiles(pass, kTilePixels));
-  grid.y = static_cast<unsigned>(ceil_div(pass.result_channels, kChannels));
-  grid.z = static_cast<unsigned>(pass.groups);
+  grid.x = static_cast<unsigned>(call.patch.tiles);
+  grid.y = static_cast<unsigned>(ceil_div(call.pass.result_channels, kChannels));
+  grid.z = static_cast<unsigned>(call.pass.groups);
   grid.block_x = kDirectThreads;
-  const ResultTarget<T> target = {static_cast<T*>(call.result), static_cast<const T*>(call.bias),
-                                  call.relu, call.vectors};
   const auto kernel =
-      pooled ? direct_kernel<T, kChannels, true> : direct_kernel<T, kChannels, false>;
-  return launch(kernel, grid, 0, call.stream, pass, call.patch, static_cast<const T*>(call.source),
-                static_cast<const T*>(call.weight), target, pooled ? *call.pool : BlockPool{});
+      call.pool != nullptr ? direct_kernel<T, kChannels, true> : direct_kernel<T, kChannels, false>;
+  return launch(kernel, grid, 0, call.stream, call.pass, call.patch,
+                static_cast<const T*>(call.source), static_cast<const T*>(call.weight),
+                call.target<T>(), call.pooling());
 }
 
 }  // namespace
@@ -200,11 +185,13 @@ Error direct_pass(DType dtype, ConvolutionPass pass, const void* source, const v
     patch = make_source_patch(pass, kTilePixels, pool);
     pooled = block_pool(*pool, argmax);
     store_pooled(pass, *pool);
+  } else {
+    patch.tiles = number_tiles(pass, kTilePixels);
   }
-  const DirectCall call = {pass,   patch,   source,
-                           weight, bias,    result,
-                           relu,   vectors, pool != nullptr ? &pooled : nullptr,
-                           stream};
+  const PassCall call = {pass,   patch,   source,
+                         weight, bias,    result,
+                         relu,   vectors, pool != nullptr ? &pooled : nullptr,
+                         stream};
   Error error = kSuccess;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);

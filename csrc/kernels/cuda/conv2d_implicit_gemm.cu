@@ -61,11 +61,11 @@ bool weights_are_chunks(const ConvolutionPass& pass, int64_t element_bytes, int6
          pass.weight_stride_s % elements == 0;
 }
 
-Error run_products(DType dtype, TensorProducts products, const GemmCall& call) {
-  if (dtype == DType::float16) return launch_gemm<Products16<float16>>(call);
-  if (dtype == DType::bfloat16) return launch_gemm<Products16<bfloat16>>(call);
-  return products == TensorProducts::tf32 ? launch_gemm<ProductsTf32>(call)
-                                          : launch_gemm<ProductsOfParts>(call);
+Error run_products(DType dtype, const GemmChoice& choice, const PassCall& call) {
+  if (dtype == DType::float16) return launch_gemm<Products16<float16>>(call, choice);
+  if (dtype == DType::bfloat16) return launch_gemm<Products16<bfloat16>>(call, choice);
+  return choice.products == TensorProducts::tf32 ? launch_gemm<ProductsTf32>(call, choice)
+                                                 : launch_gemm<ProductsOfParts>(call, choice);
 }
 
 }  // namespace
@@ -127,10 +127,11 @@ Error implicit_gemm_pass(DType dtype, const GemmChoice& choice, ConvolutionPass 
   } else {
     vectors = choice.aligned && results_are_vectors(pass, patch, element_size(dtype), kVectorBytes);
   }
-  const GemmCall call = {pass,  patch,  choice, source,  weight,
-                         bias,  result, relu,   vectors, pool != nullptr ? &pooled : nullptr,
+  const PassCall call = {pass,   patch,   source,
+                         weight, bias,    result,
+                         relu,   vectors, pool != nullptr ? &pooled : nullptr,
                          stream};
-  return run_products(dtype, choice.products, call);
+  return run_products(dtype, choice, call);
 }
 
 }  // namespace cnnkernels::cuda

@@ -299,65 +299,53 @@ GemmShared gemm_shared(const ConvolutionPass& pass, const SourcePatch& patch,
   layout.slab_count = patch_slab_count(pass, choice.contiguous);
   layout.slabs = static_cast<int>(round_up(patch.pixels * static_cast<int>(sizeof(int)), 128));
   layout.weights = layout.slabs + layout.slab_count * slab_bytes(patch.pixels);
-  const int staged = (choice.rows + 8) * (choice.columns + 8) * static_cast<int>(sizeof(T));
+  const int staged = (choice.rows + kStagedPadding) * (choice.columns + kStagedPadding) *
+                     static_cast<int>(sizeof(T));
   layout.bytes = std::max(layout.weights + kWeightStages * weight_stage_bytes(choice.columns),
                           layout.slabs + staged);
   return layout;
 }
 
-// What the kernels of one kind of products are launched with; instantiated in a file of each.
-struct GemmCall {
-  const ConvolutionPass& pass;
-  const SourcePatch& patch;
-  const GemmChoice& choice;
-  const void* source;
-  const void* weight;
-  const void* bias;
-  void* result;
-  bool relu, vectors;
-  const BlockPool* pool;  // or null
-  Stream stream;
-};
-
 template <class Products, int kRows, int kColumns, bool kContiguous, bool kPooled>
-Error launch_tile(const GemmCall& call) {
+Error launch_tile(const PassCall& call, const GemmChoice& choice) {
   using T = typename Products::Element;
-  const GemmShared layout = gemm_shared<T>(call.pass, call.patch, call.choice);
+  const GemmShared layout = gemm_shared<T>(call.pass, call.patch, choice);
   LaunchGrid grid;
   grid.x = static_cast<unsigned>(call.patch.tiles);
   grid.y = static_cast<unsigned>(ceil_div(call.pass.result_channels, kColumns));
   grid.z = static_cast<unsigned>(call.pass.groups);
   grid.block_x = kGemmThreads;
-  const ResultTarget<T> target = {static_cast<T*>(call.result), static_cast<const T*>(call.bias),
-                                  call.relu, call.vectors};
   return launch(implicit_gemm_kernel<Products, kRows, kColumns, kContiguous, kPooled>, grid,
                 layout.bytes, call.stream, call.pass, call.patch, layout,
-                static_cast<const T*>(call.source), static_cast<const T*>(call.weight), target,
-                call.pool != nullptr ? *call.pool : BlockPool{});
+                static_cast<const T*>(call.source), static_cast<const T*>(call.weight),
+                call.target<T>(), call.pooling());
 }
 
 template <class Products, int kRows, int kColumns>
-Error launch_rows(const GemmCall& call) {
+Error launch_rows(const PassCall& call, const GemmChoice& choice) {
   if (call.pool != nullptr) {
-    return call.choice.contiguous ? launch_tile<Products, kRows, kColumns, true, true>(call)
-                                  : launch_tile<Products, kRows, kColumns, false, true>(call);
+    return choice.contiguous ? launch_tile<Products, kRows, kColumns, true, true>(call, choice)
+                             : launch_tile<Products, kRows, kColumns, false, true>(call, choice);
   }
-  return call.choice.contiguous ? launch_tile<Products, kRows, kColumns, true, false>(call)
-                                : launch_tile<Products, kRows, kColumns, false, false>(call);
+  return choice.contiguous ? launch_tile<Products, kRows, kColumns, true, false>(call, choice)
+                           : launch_tile<Products, kRows, kColumns, false, false>(call, choice);
 }
 
+// Instantiated in a file of each kind of products.
 template <class Products>
-Error launch_gemm(const GemmCall& call) {
-  if (call.choice.rows == 64) return launch_rows<Products, 64, 64>(call);
+Error launch_gemm(const PassCall& call, const GemmChoice& choice) {
+  if (choice.rows == 64) return launch_rows<Products, 64, 64>(call, choice);
   if constexpr (Products::kParts == 1) {
-    if (call.choice.columns == 128) return launch_rows<Products, 128, 128>(call);
+    if (choice.columns == 128) return launch_rows<Products, 128, 128>(call, choice);
   }
-  return launch_rows<Products, 128, 64>(call);
+  return launch_rows<Products, 128, 64>(call, choice);
 }
 
-extern template Error launch_gemm<Products16<float16>>(const GemmCall& call);
-extern template Error launch_gemm<Products16<bfloat16>>(const GemmCall& call);
-extern template Error launch_gemm<ProductsTf32>(const GemmCall& call);
-extern template Error launch_gemm<ProductsOfParts>(const GemmCall& call);
+extern template Error launch_gemm<Products16<float16>>(const PassCall& call,
+                                                       const GemmChoice& choice);
+extern template Error launch_gemm<Products16<bfloat16>>(const PassCall& call,
+                                                        const GemmChoice& choice);
+extern template Error launch_gemm<ProductsTf32>(const PassCall& call, const GemmChoice& choice);
+extern template Error launch_gemm<ProductsOfParts>(const PassCall& call, const GemmChoice& choice);
 
 }  // namespace cnnkernels::cuda

@@ -2,6 +2,6 @@
 
 namespace cnnkernels::cuda {
 
-template Error launch_gemm<Products16<float16>>(const GemmCall& call);
+template Error launch_gemm<Products16<float16>>(const PassCall& call, const GemmChoice& choice);
 
 }  // namespace cnnkernels::cuda

@@ -2,6 +2,6 @@
 
 namespace cnnkernels::cuda {
 
-template Error launch_gemm<ProductsOfParts>(const GemmCall& call);
+template Error launch_gemm<ProductsOfParts>(const PassCall& call, const GemmChoice& choice);
 
 }  // namespace cnnkernels::cuda

@@ -59,19 +59,40 @@ inline void store_pooled(ConvolutionPass& pass, const MaxPool2dProblem& pool) {
   }
 }
 
+// What the kernels of a pass are launched with.
+struct PassCall {
+  const ConvolutionPass& pass;
+  const SourcePatch& patch;
+  const void* source;
+  const void* weight;
+  const void* bias;
+  void* result;
+  bool relu, vectors;
+  const BlockPool* pool;  // or null
+  Stream stream;
+
+  template <class T>
+  ResultTarget<T> target() const {
+    return {static_cast<T*>(result), static_cast<const T*>(bias), relu, vectors};
+  }
+  BlockPool pooling() const { return pool != nullptr ? *pool : BlockPool{}; }
+};
+
+// Elements of padding of a staged tile.
+constexpr int kStagedPadding = 8;
+
 // The staged results of a tile. Neighbours of a plane are neighbours in NCHW, those of a pixel's
 // channels in NHWC; eight elements of padding keep the lanes that write them in different banks.
 template <class T, int kResults, int kChannels>
 struct StagedTile {
-  static constexpr int kPadding = 8;
-  static constexpr int kElements = (kResults + kPadding) * (kChannels + kPadding);
+  static constexpr int kElements = (kResults + kStagedPadding) * (kChannels + kStagedPadding);
 
   T* elements;
   bool planes;
 
   __device__ int at(int result, int channel) const {
-    return planes ? channel * (kResults + kPadding) + result
-                  : result * (kChannels + kPadding) + channel;
+    return planes ? channel * (kResults + kStagedPadding) + result
+                  : result * (kChannels + kStagedPadding) + channel;
   }
 };
 
