@@ -183,6 +183,7 @@ DEPTHWISE = KERNELS / "conv2d_depthwise.cu"
 TILES = KERNELS / "conv2d_depthwise_tiles.cu"
 TILE_WEIGHT = KERNELS / "conv2d_depthwise_weight.cu"
 TILE_ROWS = KERNELS / "depthwise_tiles.cuh"
+WARP_SUM = KERNELS / "warp_sum.cuh"
 WGMMA = KERNELS / "conv2d_wgmma.cu"
 SUM = PROGRAM / "block_sum.cuh"
 PRODUCT = PROGRAM / "matrix_product.cuh"
@@ -195,6 +196,7 @@ SOURCE_OF = {
     PATCH: KERNELS / "conv2d_implicit_gemm_float16.cu",
     RESULTS: KERNELS / "conv2d_implicit_gemm_float16.cu",
     TILE_ROWS: TILES,
+    WARP_SUM: TILE_WEIGHT,
 }
 PARTS = KERNELS / "conv2d_implicit_gemm_tf32_parts.cu"
 
@@ -397,7 +399,7 @@ MISTAKES = [
             rare=True),
     Mistake("tile sums: no barrier before writing", TILE_WEIGHT, "__syncthreads();", "", nth=-1,
             rare=True),
-    Mistake("tile sums: a lane is left out", TILE_WEIGHT, "0xffffffffu", "0x7fffffffu", rare=True),
+    Mistake("tile sums: a lane is left out", WARP_SUM, "0xffffffffu", "0x7fffffffu", rare=True),
     Mistake("tile sums: results that do not exist", TILE_WEIGHT, "if (!exists(y, x)) continue;",
             "", rare=True),
     Mistake("tile sums: tiles past the last", TILE_WEIGHT,

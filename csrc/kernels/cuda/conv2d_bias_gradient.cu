@@ -6,12 +6,12 @@
 // their order.
 #include "kernels/cuda/conv2d_kernels.h"
 #include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/warp_sum.cuh"
 
 namespace cnnkernels::cuda {
 namespace {
 
 constexpr int kChannels = 32, kWarps = 8, kThreads = 32 * kWarps;
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // totals[part][channel] of gradients[image][pixel, channel], where the channel has the stride given
 // and a pixel that of the other order.
@@ -34,10 +34,7 @@ __global__ void __launch_bounds__(kThreads)
         const T* const plane = gradient + (image * channels + first_channel + i) * pixels;
         for (int64_t pixel = lane; pixel < pixels; pixel += 32) sum += to_accumulator(plane[pixel]);
       }
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) {
-        sum += __shfl_xor_sync(kWholeWarp, sum, lanes);
-      }
+      sum = warp_sum(sum);
       if (lane == 0) of_part[first_channel + i] = sum;
     }
   } else {

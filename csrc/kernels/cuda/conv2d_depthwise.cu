@@ -16,6 +16,7 @@
 #include "kernels/cuda/convolution_pass.cuh"
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/warp_sum.cuh"
 
 namespace cnnkernels::cuda {
 namespace {
@@ -24,7 +25,6 @@ constexpr int kDepthwiseThreads = 256;
 constexpr int kDepthwiseBlocks = 2;  // of a multiprocessor: 128 registers a thread
 constexpr int kPixels = 4;
 constexpr int kTilePixels = kPixels * kDepthwiseThreads;
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 template <class T>
 __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks)
@@ -135,13 +135,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks)
     }
     store_vector<kWidth>(result + at[u].result + channel, values);
   }
-}
-
-template <class A>
-__device__ inline A warp_sum(A value) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kWholeWarp, value, lanes);
-  return value;
 }
 
 // totals[part][weight], in the order of weight_gradient's sums. A block has one source channel of

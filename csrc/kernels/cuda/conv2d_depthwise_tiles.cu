@@ -81,10 +81,8 @@ __global__ void __launch_bounds__(kTileThreads, kPlaneBlocks<Tile>)
   const uint32_t plane = g.plane_tiles.quotient(index);
   const uint32_t image = g.all_channels.quotient(plane);
   if (image >= static_cast<uint32_t>(g.images)) return;
-  const uint32_t tile = index - plane * g.plane_tiles.value;
-  const uint32_t tile_row = g.row_tiles.quotient(tile);
-  const int y = static_cast<int>(tile_row) * Tile::kHeight;
-  const int x = static_cast<int>(tile - tile_row * g.row_tiles.value) * Tile::kWidth;
+  const FirstResult at = Tile::first_result(g, index - plane * g.plane_tiles.value);
+  const int y = at.y, x = at.x;
   const int all_channels = static_cast<int>(plane - image * g.all_channels.value);
   int group = all_channels, channel = 0;
   uint32_t source_plane = plane;
@@ -159,10 +157,8 @@ __global__ void __launch_bounds__(kTileThreads, kChannelBlocks<Tile>)
   const uint32_t index = blockIdx.x * blockDim.y + threadIdx.y;
   const uint32_t image = g.plane_tiles.quotient(index);
   if (channel >= g.groups || image >= static_cast<uint32_t>(g.images)) return;
-  const uint32_t tile = index - image * g.plane_tiles.value;
-  const uint32_t tile_row = g.row_tiles.quotient(tile);
-  const int y = static_cast<int>(tile_row) * Tile::kHeight;
-  const int x = static_cast<int>(tile - tile_row * g.row_tiles.value) * Tile::kWidth;
+  const FirstResult at = Tile::first_result(g, index - image * g.plane_tiles.value);
+  const int y = at.y, x = at.x;
   source += int64_t{image} * (g.source_height * g.source_width) * g.groups + channel;
   result +=
       (int64_t{image} * (g.result_height * g.result_width) + y * g.result_width + x) * g.groups +

@@ -9,11 +9,11 @@
 // A result that does not exist has no products: its gradient is zero, but the source may be
 // infinite.
 #include "kernels/cuda/depthwise_tiles.cuh"
+#include "kernels/cuda/warp_sum.cuh"
 
 namespace cnnkernels::cuda {
 namespace {
 
-constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kTileWarps = kTileThreads / 32;
 
 // Of a multiprocessor, so that registers suffice.
@@ -91,19 +91,19 @@ __device__ inline void add_products(const TileGradients<T>& gradients,
       });
 }
 
-// The same of the tile whose first result is (y, x) of an image.
+// The same of the tile whose first result is `at` of an image.
 template <class T, class Tile, class Row, class A = Accumulator<T>>
 __device__ inline void add_tile(const DepthwiseTiles& g, int pixel_stride, const T* gradient,
-                                const T* source, int y, int x,
+                                const T* source, FirstResult at,
                                 A (&sums)[Tile::kKernel][Tile::kKernel][Row::kChannels]) {
   const int row_stride = g.result_width * pixel_stride;
-  const TileGradients<T> gradients = {gradient + int64_t{y} * row_stride + x * pixel_stride,
-                                      row_stride, pixel_stride, g.result_height - y,
-                                      g.result_width - x};
-  const typename Row::Place place(x, g.first_column, pixel_stride, g.source_width);
+  const TileGradients<T> gradients = {gradient + int64_t{at.y} * row_stride + at.x * pixel_stride,
+                                      row_stride, pixel_stride, g.result_height - at.y,
+                                      g.result_width - at.x};
+  const typename Row::Place place(at.x, g.first_column, pixel_stride, g.source_width);
   const auto add = [&](auto all) {
     add_products<T, Tile, Row, decltype(all)::value>(
-        gradients, place, source, g.source_width * pixel_stride, Tile::source(y, g.first_row),
+        gradients, place, source, g.source_width * pixel_stride, Tile::source(at.y, g.first_row),
         g.source_height, sums);
   };
   if (gradients.rows >= Tile::kHeight && (Row::kWhole || gradients.columns >= Tile::kWidth)) {
@@ -132,20 +132,15 @@ __global__ void __launch_bounds__(kTileThreads, kWeightBlocks<Tile>)
   A sums[Tile::kKernel][Tile::kKernel][1] = {};
   for (uint32_t index = begin + threadIdx.x; index < end; index += kTileThreads) {
     const uint32_t image = g.plane_tiles.quotient(index);
-    const uint32_t tile = index - image * g.plane_tiles.value;
-    const uint32_t tile_row = g.row_tiles.quotient(tile);
-    const int y = static_cast<int>(tile_row) * Tile::kHeight;
-    const int x = static_cast<int>(tile - tile_row * g.row_tiles.value) * Tile::kWidth;
+    const FirstResult at = Tile::first_result(g, index - image * g.plane_tiles.value);
     add_tile<T, Tile, Row>(
         g, 1, gradient + (int64_t{image} * g.all_channels.value + all_channels) * result_pixels,
-        source + (int64_t{image} * g.groups + group) * source_pixels, y, x, sums);
+        source + (int64_t{image} * g.groups + group) * source_pixels, at, sums);
   }
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    A sum = sums[t / Tile::kKernel][t % Tile::kKernel][0];
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, lanes);
+    const A sum = warp_sum(sums[t / Tile::kKernel][t % Tile::kKernel][0]);
     if (thread % 32 == 0) of_warps[thread / 32 * kTaps + t] = sum;
   }
   __syncthreads();
@@ -181,13 +176,10 @@ __global__ void __launch_bounds__(kTileThreads, kChannelWeightBlocks)
   A sums[Tile::kKernel][Tile::kKernel][kVector] = {};
   for (uint32_t index = begin + threadIdx.y; index < end; index += blockDim.y) {
     const uint32_t image = g.plane_tiles.quotient(index);
-    const uint32_t tile = index - image * g.plane_tiles.value;
-    const uint32_t tile_row = g.row_tiles.quotient(tile);
-    const int y = static_cast<int>(tile_row) * Tile::kHeight;
-    const int x = static_cast<int>(tile - tile_row * g.row_tiles.value) * Tile::kWidth;
-    add_tile<T, Tile, Row>(
-        g, g.groups, gradient + int64_t{image} * result_pixels * g.groups + channel,
-        source + int64_t{image} * source_pixels * g.groups + channel, y, x, sums);
+    const FirstResult at = Tile::first_result(g, index - image * g.plane_tiles.value);
+    add_tile<T, Tile, Row>(g, g.groups,
+                           gradient + int64_t{image} * result_pixels * g.groups + channel,
+                           source + int64_t{image} * source_pixels * g.groups + channel, at, sums);
   }
   // block_channels is a power of two, of kTileThreads at most.
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);

@@ -50,7 +50,6 @@ __device__ inline WeightColumn weight_column(const ConvolutionPass& pass, int co
 // --- On tensor cores ---------------------------------------------------------------------------
 
 constexpr int kWeightThreads = 32 * kWeightWarps;
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // The rows and columns that a block has, and its part. In shared memory, and not in registers.
 struct WeightBlock {

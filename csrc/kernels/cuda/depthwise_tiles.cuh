@@ -13,6 +13,10 @@
 
 namespace cnnkernels::cuda {
 
+struct FirstResult {
+  int y, x;
+};
+
 // A tile of kHeight x kWidth results. Window row i is the source row source(first result) + i.
 template <int kKernelSize, int kStep, bool kIsTransposed, int kTileHeight, int kTileWidth>
 struct Tile {
@@ -36,6 +40,13 @@ struct Tile {
     return is_tap(tap(row, result)) && (row + 1 == kRows || !is_tap(tap(row + 1, result)));
   }
   static constexpr bool is_tap(int tap) { return tap >= 0 && tap < kKernel; }
+  // The first result of tile number `tile` of a plane.
+  __device__ static FirstResult first_result(const DepthwiseTiles& g, uint32_t tile) {
+    const uint32_t row = g.row_tiles.quotient(tile);
+    return {static_cast<int>(row) * kHeight,
+            static_cast<int>(tile - row * g.row_tiles.value) * kWidth};
+  }
+  // The source pixel, of a row or a column, where the window below a result begins.
   __device__ static int source(int result, int first) {
     return kTransposed ? result / 2 + kFirst : result * kStep + first;
   }
